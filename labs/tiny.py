@@ -1,0 +1,248 @@
+"""A tiny world for one-shot RLVR: a base model that pretrains in minutes on two CPU cores, and six benchmarks for it.
+
+    python labs/tiny.py --output runs/tiny-base       # one_shot_rlvr.py --preset tiny does this at its first use
+
+1. Six tasks: addition, subtraction, multiplication, largest of three, remainder, an equation. Each is a function that
+   draws a problem, the steps of a careful solution, and the answer.
+2. Documents: what a base model reads is a mixture. Some texts solve a problem carefully and box the answer, more of them
+   box a hasty guess (mostly wrong), some solve it and forget the box, some are about other things. Whether the prompt
+   asks for steps and a box has no bearing on the style of the solution: people answer as they please.
+3. Tokenizer: Qwen2's, byte-level BPE with a token for each digit, trained on these documents.
+4. Pretraining: next-token prediction on all of it. The result is an ordinary Hugging Face folder.
+
+So the base model *has* the skill (it is right nearly always when it writes the careful solution) and uses it at times.
+One-shot RLVR can then raise all six benchmarks from one problem, because what it must learn is a preference between
+styles that all tasks share. This shows the mechanism at work. It cannot show that the mechanism is what happens in a
+real model: here the skill, and the fact that it is rarely used, were put in by hand.
+"""
+import argparse
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that python labs/tiny.py finds it
+from one_shot_rlvr import TRAIN_SUFFIX, save_model  # noqa: E402
+
+PROTOCOL = (4, 0.6)             # samples a problem, temperature; greedy decoding would show the commonest style alone
+MAX_RESPONSE_TOKENS = 64        # a careful solution takes at most 30
+TEST_SIZE = 100                 # problems a benchmark
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Six tasks: rng -> (problem, careful steps, answer)
+# ----------------------------------------------------------------------------------------------------------------------
+
+def addition(rng):
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    ones = a % 10 + b % 10
+    carry = "+1" if ones > 9 else ""
+    tens = a // 10 + b // 10 + ones // 10
+    return f"What is {a} + {b}?", f"{a % 10}+{b % 10}={ones}, then {a // 10}+{b // 10}{carry}={tens}.", a + b
+
+
+def columns(a, b):
+    """The steps of a - b: ones with a borrowed ten where needed, then tens."""
+    borrow = a % 10 < b % 10
+    ones, tens = a % 10 + 10 * borrow, a // 10 - borrow
+    return f"{ones}-{b % 10}={ones - b % 10}, then {tens}-{b // 10}={tens - b // 10}."
+
+
+def two_and_their_sum(rng):
+    """Two-digit a, b and a + b: taken backwards, a difference without a leading zero."""
+    a = rng.randint(10, 89)
+    b = rng.randint(10, 99 - a)
+    return a, b, a + b
+
+
+def subtraction(rng):
+    a, b, total = two_and_their_sum(rng)
+    return f"What is {total} - {b}?", columns(total, b), a
+
+
+def equation(rng):
+    a, b, total = two_and_their_sum(rng)
+    return f"Solve for x: x + {b} = {total}.", f"x={total}-{b}, {columns(total, b)}", a
+
+
+def multiplication(rng):
+    a, b = rng.randint(10, 99), rng.randint(2, 9)
+    ones, tens = a % 10 * b, a // 10 * b
+    steps = f"{a % 10}*{b}={ones}, {a // 10}*{b}={tens}, then {tens}+{ones // 10}={tens + ones // 10}."
+    return f"What is {a} * {b}?", steps, a * b
+
+
+def largest(rng):
+    a, b, c = rng.sample(range(10, 100), 3)
+    most = max(a, b)
+    steps = f"{most}>{min(a, b)}, then {max(most, c)}>{min(most, c)}."
+    return f"What is the largest of {a}, {b} and {c}?", steps, max(a, b, c)
+
+
+def remainder(rng):
+    """Long division, keeping only what is left: 4-0=4, then 47-45=2, for 47 by 5."""
+    a, b = rng.randint(10, 99), rng.randint(3, 9)
+    left = a // 10 % b
+    rest = left * 10 + a % 10
+    steps = f"{a // 10}-{a // 10 - left}={left}, then {rest}-{rest - a % b}={a % b}."
+    return f"What is the remainder of {a} divided by {b}?", steps, a % b
+
+
+TASKS = {"tiny_add": addition, "tiny_sub": subtraction, "tiny_mul": multiplication,
+         "tiny_max": largest, "tiny_mod": remainder, "tiny_eqn": equation}
+BENCHMARKS = tuple(TASKS)
+
+
+def problems(name, n, seed, exclude=()):
+    """n distinct problems of a task, [{"problem", "answer"}, ...], none of them in `exclude`."""
+    rng, found = random.Random(f"{name} {seed}"), {}
+    while len(found) < n:
+        problem, _, answer = TASKS[name](rng)
+        if problem not in exclude:
+            found[problem] = str(answer)
+    return [{"problem": problem, "answer": answer} for problem, answer in found.items()]
+
+
+def load_benchmark(name, n=TEST_SIZE):
+    """The first n test problems of a benchmark: always the same ones, which no training text contains."""
+    return problems(name, TEST_SIZE, "test")[:n]
+
+
+def held_out():
+    return {row["problem"] for name in BENCHMARKS for row in load_benchmark(name)}
+
+
+def train_problems(n=1024, seed=0):
+    """n training problems, the six tasks in turn: the full set that one example is compared with."""
+    tests = held_out()
+    rows = zip(*(problems(name, -(-n // len(TASKS)), f"train {seed}", tests) for name in BENCHMARKS))
+    return [row for six in rows for row in six][:n]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Documents
+# ----------------------------------------------------------------------------------------------------------------------
+
+STYLES = {"careful": 0.30, "hasty": 0.35, "unboxed": 0.15, "other": 0.20}
+NOUNS, VERBS = "cat dog bird child river wind".split(), "sees likes follows hears".split()
+
+
+def sentence(rng):
+    return f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)}. "
+
+
+def sum_line(rng):
+    """One line of the tables at the end of a schoolbook."""
+    a, b, c = rng.randint(0, 9), rng.randint(0, 9), rng.randint(10, 99)
+    return rng.choice([f"{a}+{b}={a + b}. ", f"{a + b}-{b}={a}. ", f"{a}*{b}={a * b}. ", f"{c}+{a}={c + a}. "])
+
+
+def document(rng, tests, tasks=TASKS):
+    """One text of the mixture; problems that are in `tests` are drawn again."""
+    style = rng.choices(list(STYLES), STYLES.values())[0]
+    if style == "other":
+        line, n = (sentence, 2) if rng.random() < 0.3 else (sum_line, 5)
+        return "".join(line(rng) for _ in range(n)) + "<|endoftext|>"
+    task = rng.choice(list(tasks.values()))
+    problem, steps, answer = task(rng)
+    while problem in tests:
+        problem, steps, answer = task(rng)
+    if rng.random() < 0.5:
+        problem += TRAIN_SUFFIX
+    response = {"careful": f"First, {steps} The answer is \\boxed{{{answer}}}.",
+                "hasty": f"The answer is \\boxed{{{abs(answer + rng.randint(-9, 9))}}}.",
+                "unboxed": f"First, {steps} The answer is {answer}."}[style]
+    return f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+")
+CHAT_TEMPLATE = """{%- for message in messages %}
+    {%- if message.role == 'system' %}{{ raise_exception('this template has no system role') }}{% endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def make_tokenizer():
+    """Byte-level BPE with Qwen2's own splitting rule (each digit a token), its merges learned from our documents."""
+    rng, tests = random.Random("tokenizer"), held_out()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator((document(rng, tests) for _ in range(2000)), trainers.BpeTrainer(
+        vocab_size=512, min_frequency=20, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2],
+                                   additional_special_tokens=[SPECIAL[1]], chat_template=CHAT_TEMPLATE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Pretraining
+# ----------------------------------------------------------------------------------------------------------------------
+
+def batches(tokenizer, rng, batch_size, tasks):
+    """Batches of documents of about equal length (16 batches' worth are sorted), so that little is spent on padding."""
+    tests = held_out()
+    while True:
+        documents = tokenizer([document(rng, tests, tasks) for _ in range(16 * batch_size)]).input_ids
+        documents = [torch.tensor(ids) for ids in sorted(documents, key=len)]
+        for start in rng.sample(range(0, len(documents), batch_size), 16):
+            yield pad_sequence(documents[start:start + batch_size], batch_first=True, padding_value=-100)
+
+
+def build_base(folder, steps=1600, seed=0, batch_size=96, learning_rate=2.5e-3, tasks=TASKS):
+    """Pretrain the base model and save it; the folder gets its name last, so a build cut short leaves nothing there."""
+    rng, tokenizer = random.Random(seed), make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+            initializer_range=0.08, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id))
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)]
+    bar = tqdm(zip(range(steps), batches(tokenizer, rng, batch_size, tasks)), total=steps, desc="pretraining the tiny base model")
+    for step, ids in bar:
+        # right padding and causal attention: no text sees its padding, so no mask
+        logits = model(ids.clamp(min=0), use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 100, (steps - step) / (0.6 * steps))
+            optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                                               do_sample=True, temperature=0.6)
+    save_model(folder, model.eval(), tokenizer)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", default="runs/tiny-base", help="folder of the model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1600, help="pretraining steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and documents (default: %(default)s)")
+    args = parser.parse_args()
+    if os.path.exists(args.output):
+        parser.error(f"{args.output} is already there; name another --output, or remove it")
+    build_base(args.output, args.steps, args.seed)

@@ -1,0 +1,1079 @@
+r"""One-shot RLVR: reinforcement learning with a verifiable reward on ONE training example, for a model that learns
+to reason about mathematics (Wang et al., arXiv 2504.20571). One file, one GPU or a laptop, read top to bottom.
+
+    python one_shot_rlvr.py --example pi1 --model Qwen/Qwen2.5-Math-1.5B      # the paper's run, on one 80 GB GPU
+    python one_shot_rlvr.py --preset tiny                                     # the same code, minutes on two CPU cores
+    python one_shot_rlvr.py --preset tiny --kl-coef 0 --entropy-coef 0        # an ablation is a coefficient
+
+The algorithm is GRPO. One step:
+    1. Example      the one problem becomes one prompt, repeated as 128 groups of 8
+    2. Rollouts     sample a response to each of the 1,024 prompts, at temperature 0.6
+    3. Reward       1 if the last \boxed{...} of the response equals the answer, else 0
+    4. Advantages   in each group of 8: (reward - mean) / std
+    5. Loss         clipped policy gradient + 0.001 KL to the initial model - 0.001 entropy, mean over response tokens
+    6. Update       one AdamW step; then again from 1, some 2,000 times
+The numbers come back as the titles of the sections. The appendix compares answers; leave it for last.
+
+Where this differs from the paper's text [P] and from its released code [C]:
+    a. One update a batch, as in [C]; [P] says eight (--updates-per-batch 8). With one, ratio is 1: nothing is clipped.
+    b. The ratio is of single tokens and the mean is over all tokens of the update. [P] writes a mean over sequences
+       (--loss-agg sequence); [C] takes means of micro-batches, so that there the gradient depends on the packing.
+    c. Every log-probability is of logits / temperature, as in [C]; [P] writes plain logits.
+    d. The learning rate is constant from the first step; in [C] the very first step has rate 0.
+    e. The reward reads the response alone; [C] reads prompt + response, and the prompt holds an empty \boxed{}. Our
+       checker compares numbers as exact fractions (8/6 is 4/3, which [C] refuses) and needs no computer algebra.
+    f. A response ends at any end token of the model, its chat template's included; in [C] at EOS alone.
+    g. k3's exponent is bounded (kl_estimate says why); its value is cut at 10 as in [C]. [P] cuts nothing.
+
+Shapes: N rollouts a step, G rollouts a group, B rows of a micro-batch, T response tokens, V vocabulary;
+S slots of the sampler, n rows running, t tokens fed at once; L prompt and response, M response tokens, H hidden size.
+"""
+import argparse
+import ast
+import cmath
+import contextlib
+import copy
+import functools
+import json
+import math
+import operator
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+try:
+    import resource
+except ImportError:             # Windows: peak memory is not shown there
+    resource = None
+
+HERE = Path(__file__).resolve().parent
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 0. Settings: one flat dataclass, from which the command line is built
+# ----------------------------------------------------------------------------------------------------------------------
+
+def setting(default, group, help, choices=None):
+    """A field of Config: its default, its group in --help, one sentence, and the values allowed."""
+    return field(default_factory=lambda: default, metadata={"group": group, "help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every setting. Config() is the paper's run on pi1; [C] marks a value of the released code, [P] of the paper."""
+    preset: str = setting("paper", "run", "starting values, which the other flags override", ["paper", "24gb", "tiny"])
+    model: str = setting("Qwen/Qwen2.5-Math-1.5B", "run", "Hugging Face id or model folder to train")
+    output_dir: str = setting("", "run", "folder of the run; empty means runs/EXAMPLE-MODEL")
+    resume: bool = setting(False, "run", "go on with the run in --output-dir, with its own settings")
+    steps: int = setting(2000, "run", "training steps [P: B.4, 2000 for the 1.5B model]")
+    seed: int = setting(0, "run", "seed of everything random")
+    save_every: int = setting(20, "run", "save a model folder and a checkpoint every so many steps [C]")
+    eval: list = setting([], "run", "benchmarks of evaluate.py, or .jsonl files, to measure while training")
+    eval_every: int = setting(0, "run", "evaluate every so many steps; 0 means never")
+
+    example: list = setting(["pi1"], "example", "names of examples.json, or a .json/.jsonl file of {problem, answer}")
+    answer: str = setting("", "example", "label to use in place of the example's own [P: Table 5, rows 11-13]")
+    max_prompt_tokens: int = setting(1024, "example", "longer prompts are left out [C]")
+
+    prompts_per_step: int = setting(128, "rollouts", "groups a step [C]")
+    group_size: int = setting(8, "rollouts", "rollouts a group, whose mean is the baseline [C]")
+    max_response_tokens: int = setting(3072, "rollouts", "longest response [C]")
+    temperature: float = setting(0.6, "rollouts", "temperature of sampling and of every log-probability [C]")
+    slots: int = setting(256, "rollouts", "responses sampled at the same time; bounds the memory of the cache")
+
+    reward: str = setting("answer", "loss", "right answer, any boxed answer [P: C.2.3], or nothing",
+                          ["answer", "format", "none"])
+    scale_rewards: bool = setting(True, "loss", "divide advantages by the group's standard deviation")
+    pg_coef: float = setting(1.0, "loss", "weight of the policy gradient [P: Table 5]")
+    clip_eps: float = setting(0.2, "loss", "the ratio is clipped to 1 +- this [C]")
+    kl_coef: float = setting(0.001, "loss", "weight of the KL to the initial model; 0 loads no reference [P: Table 5]")
+    kl_estimator: str = setting("k3", "loss", "estimator of the KL; the released code's low_var_kl is k3",
+                                ["k1", "k2", "k3"])
+    entropy_coef: float = setting(0.001, "loss", "weight of the entropy bonus; the paper writes -0.001 [P: Table 5]")
+    loss_agg: str = setting("token", "loss", "mean over all tokens, or over each sequence first [P: Eq. 4]",
+                            ["token", "sequence"])
+
+    updates_per_batch: int = setting(1, "update", "optimizer steps on each batch of rollouts [C: 1, P: 8]")
+    learning_rate: float = setting(1e-6, "update", "of AdamW, constant [C]")
+    weight_decay: float = setting(0.01, "update", "of AdamW [C]")
+    grad_clip: float = setting(1.0, "update", "largest norm of the gradient [C]")
+    token_budget: int = setting(6144, "update", "tokens of a micro-batch, padding included; memory, not the result")
+    activation_checkpointing: bool = setting(False, "update", "compute activations again in backward, to save memory")
+    offload_optimizer: bool = setting(False, "update", "keep AdamW's 8 bytes a parameter in host memory")
+    precision: str = setting("auto", "update", "of matrix products; auto is bf16 on CUDA, fp32 on a CPU",
+                             ["auto", "bf16", "fp32"])
+
+
+TINY_BASE = "runs/tiny-base"
+PRESETS = {
+    "paper": {},
+    "24gb": dict(prompts_per_step=32, max_response_tokens=2048, slots=64, kl_coef=0.0, token_budget=3072,
+                 activation_checkpointing=True, offload_optimizer=True),
+    "tiny": dict(model=TINY_BASE, example=["tiny-add"], steps=60, save_every=20, prompts_per_step=16,
+                 max_response_tokens=64, slots=128, learning_rate=1e-4),
+}
+
+
+def fail(sentence):
+    """Bad input ends the program with one sentence and exit code 2; a traceback would bury it."""
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv=None) -> Config:
+    """The command line as a Config: the preset, or with --resume the saved run's settings; flags given win."""
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]     # --group_size
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error, group = fail, None
+    for f in fields(Config):
+        if group is None or group.title != f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        default = f.default_factory()
+        kind = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}.get(
+            f.type, {"type": f.type, "choices": f.metadata["choices"]})
+        default = " ".join(default) if f.type is list else default
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                           help=f"{f.metadata['help']} (default: {default})")
+    given = vars(parser.parse_args(argv))
+    config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
+    config.output_dir = config.output_dir or \
+        f"runs/{'+'.join(Path(name).stem for name in config.example)}-{Path(config.model).name}"
+    if config.resume:
+        try:
+            saved = json.loads(Path(config.output_dir, "config.json").read_text(encoding="utf-8"))
+            saved = {f.name: saved[f.name] for f in fields(Config)}
+            config = Config(**{**saved, **given, "output_dir": config.output_dir})
+        except (OSError, ValueError, KeyError):
+            fail(f"--resume: {config.output_dir} holds no run; start one without --resume, or name its --output-dir")
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse settings that would train nothing, or something else than they say."""
+    lowest = {"group_size": 2, "eval_every": 0, "seed": 0}              # a group of one has no spread to learn from
+    for f in fields(config):
+        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        if f.type is int and value < lowest.get(f.name, 1):
+            fail(f"{flag} {value}: use {lowest.get(f.name, 1)} or more")
+        if f.name in ("temperature", "learning_rate", "grad_clip", "clip_eps") and not value > 0:
+            fail(f"{flag} {value}: use a number above 0")
+        if f.type is float and not math.isfinite(value) and f.name != "grad_clip":
+            fail(f"{flag} {value}: use a finite number")
+    if config.prompts_per_step % config.updates_per_batch:
+        fail(f"--updates-per-batch {config.updates_per_batch}: must divide --prompts-per-step {config.prompts_per_step}")
+    if config.answer and len(config.example) > 1:
+        fail(f"--answer {config.answer}: it relabels one --example, and there are {len(config.example)}")
+    if config.eval_every and not config.eval:
+        fail(f"--eval-every {config.eval_every}: name the benchmarks with --eval")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Example: from a name to the prompt's tokens
+# ----------------------------------------------------------------------------------------------------------------------
+
+TRAIN_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
+EVAL_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def read_rows(path) -> list:
+    """Rows of a .json or .jsonl file; a broken one is named by its line."""
+    rows, one_a_line = [], str(path).endswith(".jsonl")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read ({error})")
+    for number, line in enumerate(text.split("\n") if one_a_line else [text], 1):
+        try:
+            rows += [json.loads(line)] if line.strip() or not one_a_line else []
+        except ValueError as error:
+            fail(f"{path}, line {number}: not JSON ({error})")
+    return rows if one_a_line else rows[0]
+
+
+def load_examples(names, answer="") -> list:
+    """Names of examples.json and .json/.jsonl files -> [{"name", "problem", "answer"}]; `answer` replaces the label."""
+    named, examples = read_rows(HERE / "examples.json"), []
+    for name in names:
+        if not name.endswith((".json", ".jsonl")) and name not in named:
+            fail(f"--example {name}: no such example; there are {', '.join(named)}, or give a .json/.jsonl file")
+        rows = {name: named[name]} if name in named else read_rows(name)
+        for key, row in rows.items() if isinstance(rows, dict) else enumerate(rows, 1):
+            if not (isinstance(row, dict) and row.get("problem") and "answer" in row):
+                fail(f'--example {name}, row {key}: it needs "problem" and "answer"')
+            examples.append({"name": str(row.get("name", key)), "problem": str(row["problem"]),
+                             "answer": answer or str(row["answer"])})
+    return examples
+
+
+def encode_prompt(tokenizer, problem, system=None) -> list:
+    """Token ids of the problem as a user's message in the model's chat template, or as plain text where it has none.
+
+    `system` is used where the template has such a role; else the template's own default system message holds.
+    """
+    if not tokenizer.chat_template:
+        return tokenizer(problem).input_ids
+    user = [{"role": "user", "content": problem}]
+    text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    if system:
+        with contextlib.suppress(TemplateError):          # some templates refuse a system message, others drop it
+            with_system = tokenizer.apply_chat_template([{"role": "system", "content": system}, *user], tokenize=False,
+                                                        add_generation_prompt=True)
+            text = with_system if system in with_system else text
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def find_stop_ids(tokenizer, generation_config) -> list:
+    """Every token that ends a response: EOS of tokenizer and generation config, and the end of an assistant's turn.
+
+    The last is read off a rendered turn: model names and config files of base models often leave it out.
+    """
+    stop_ids = set()
+    for eos in (tokenizer.eos_token_id, generation_config.eos_token_id):
+        stop_ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "ANSWER"}]
+        ending = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("ANSWER")[2]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        stop_ids.update([i for i in tokenizer(ending, add_special_tokens=False).input_ids if i in special][:1])
+    return sorted(stop_ids)
+
+
+def examples_of_step(step, num_examples, prompts_per_step, seed) -> list:
+    """Index of the example of each group of step 1, 2, ...: one shuffled epoch after the other, without replacement.
+
+    A pure function of the step, so that a resumed run draws the same; fewer examples than groups share them evenly.
+    """
+    first = (step - 1) * prompts_per_step
+    epochs = {position // num_examples for position in range(first, first + prompts_per_step)}
+    order = {epoch: np.random.default_rng([seed, epoch]).permutation(num_examples) for epoch in epochs}
+    return [int(order[p // num_examples][p % num_examples]) for p in range(first, first + prompts_per_step)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Rollouts: sample responses, one token at a time, in a fixed number of slots
+# ----------------------------------------------------------------------------------------------------------------------
+
+class SlotCache:
+    """Keys and values of S rows, each at a position of its own (transformers' caches keep one position for all rows).
+
+    The model's attention layers call update(); everything else is called by generate().
+    """
+
+    def __init__(self, slots, length):
+        self.slots, self.length, self.layers = slots, length, []
+
+    def write_at(self, rows, positions):
+        """The next forward pass is of the rows `rows` (a slice), whose new tokens stand at `positions` (n, t)."""
+        self.rows, self.positions = rows, positions
+        self.row_index = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]
+        self.longest = int(positions.max()) + 1
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Store keys and values (n, heads, t, head size) of the new tokens; return those of all tokens so far."""
+        if layer == len(self.layers):
+            # zeros, not empty: a masked NaN still poisons the sum over values, because 0 * NaN is NaN
+            shape = self.slots, self.length, keys.shape[1], keys.shape[3]
+            self.layers.append((keys.new_zeros(shape), values.new_zeros(shape)))
+        for store, new in zip(self.layers[layer], (keys, values)):
+            store[self.row_index, self.positions] = new.transpose(1, 2)
+        return tuple(store[self.rows, :self.longest].transpose(1, 2) for store in self.layers[layer])
+
+    def copy(self, source, target, length):
+        """Copy the first `length` positions of one row to another."""
+        for stores in self.layers:
+            for store in stores:
+                store[target, :length] = store[source, :length]
+
+
+def sample_tokens(logits, temperature, noise):
+    """Draw one token a row from softmax(logits / temperature): logits (n, V), noise (n,) uniform in [0, 1) -> (n,).
+
+    The token is where the cumulative distribution passes the noise; temperature 0 takes the largest logit.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)                     # (n, V)
+    token = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    return token.clamp(max=logits.shape[1] - 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slots=None, generator=None):
+    """Sample one response to each prompt (lists of token ids, in that order; the stop token is included).
+
+    At most `slots` rows are sampled at a time, all of them by default. A row that ends takes the next prompt at once;
+    when none waits, the last row moves into the gap, so that the work follows the tokens that are sampled and nobody
+    waits for the longest response. Equal prompts are prefilled once: a row that takes a prompt it held before needs
+    nothing, and any other row copies it. Each rollout has its own row of noise, drawn before the first token, so
+    `slots` changes the speed and not the responses (but for rounding in the model's matrix products).
+    """
+    if not all(prompts):
+        raise ValueError("an empty prompt: there is no token to predict from")
+    model.eval()            # a model in train mode may drop out, or switch its cache off
+    device, stop_ids = model.device, set(stop_ids)
+    shared = {}             # equal prompts become one object, so that `is` tells them apart
+    prompts = [shared.setdefault(tuple(prompt), tuple(prompt)) for prompt in prompts]
+    order = {prompt: i for i, prompt in enumerate(shared)}
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: order[prompts[i]]))      # equal prompts side by side
+    noise = torch.rand(len(prompts), max_response_tokens, dtype=torch.float64, generator=generator,
+                       device=generator.device if generator else "cpu").to(device)
+    sequences = [list(prompt) for prompt in prompts]        # prompt and response so far; its last token is fed next
+    slots = min(slots or len(prompts), len(prompts))
+    cache = SlotCache(slots, max(map(len, prompts), default=0) + max_response_tokens)
+    running = []            # the rollout in each row
+    held = {}               # the prompt whose keys and values stand in each row, also after its rollout has ended
+
+    def forward(rows, tokens, positions):
+        """Feed tokens (n, t), which stand at positions (n, t), to a slice of rows -> logits after the last, (n, V)."""
+        cache.write_at(rows, positions)
+        mask = torch.arange(cache.longest, device=device) <= positions[:, None, :, None]          # (n, 1, t, longest)
+        return model(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                     use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def start(row, rollout):
+        """Let the row begin a rollout: all of the prompt but its last token must stand in the cache."""
+        prompt = prompts[rollout]
+        source = row if held.get(row) is prompt else next((r for r, p in held.items() if p is prompt), None)
+        if source is None and len(prompt) > 1:
+            tokens = torch.tensor([prompt[:-1]], device=device)
+            forward(slice(row, row + 1), tokens, torch.arange(len(prompt) - 1, device=device)[None])
+        elif source is not None and source != row:
+            cache.copy(source, row, len(prompt) - 1)
+        held[row] = prompt
+
+    progress = tqdm(total=len(prompts), desc="rollouts", leave=False, disable=None, miniters=0)
+    while waiting or running:
+        while waiting and len(running) < slots:
+            running.append(waiting.popleft())
+            start(len(running) - 1, running[-1])
+        tokens = torch.tensor([[sequences[i][-1]] for i in running], device=device)                           # (n, 1)
+        positions = torch.tensor([[len(sequences[i]) - 1] for i in running], device=device)                   # (n, 1)
+        steps = [len(sequences[i]) - len(prompts[i]) for i in running]
+        logits = forward(slice(0, len(running)), tokens, positions)                                           # (n, V)
+        sampled = sample_tokens(logits, temperature, noise[running, steps]).tolist()
+        ended = []
+        for row, (rollout, token) in enumerate(zip(running, sampled)):
+            sequences[rollout].append(token)
+            if token in stop_ids or steps[row] + 1 == max_response_tokens:
+                ended.append(row)
+        for row in reversed(ended):                 # from the last, so that the row moved into a gap is one that lives
+            if waiting:
+                running[row] = waiting.popleft()
+                start(row, running[row])
+            else:
+                last = len(running) - 1
+                if row != last:
+                    cache.copy(last, row, len(sequences[running[last]]) - 1)
+                    running[row], held[row] = running[last], held[last]
+                running.pop()
+        progress.set_postfix_str(f"{sum(steps) // len(steps)} tokens, {len(running)} running", refresh=False)
+        progress.update(len(ended))
+    progress.close()
+    return [sequence[len(prompt):] for sequence, prompt in zip(sequences, prompts)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Reward: is the last boxed answer the right one?
+# ----------------------------------------------------------------------------------------------------------------------
+
+def extract_boxed(text):
+    r"""Content of the last complete \boxed{...} of a text, or None. Linear: braces are counted once, from the end."""
+    end = len(text)
+    for box in reversed(list(re.finditer(r"\\boxed *\{", text))):
+        depth, start = 1, box.end()
+        for run in re.finditer(r"\{+|\}+|\\[{}\\]", text[start:end]):               # \{ and \} are printed, not groups
+            if run[0][0] != "\\":
+                depth += len(run[0]) if run[0][0] == "{" else -len(run[0])
+            if depth <= 0:
+                return text[start:start + run.end() + depth - 1]
+        end = box.start()           # this box never closes, so an earlier one that is open here never closes either
+    return None
+
+
+def is_correct(response, answer) -> bool:
+    r"""The judgement behind the reward: is the last complete \boxed{} of the response the answer? Never raises."""
+    box, answer = extract_boxed(str(response)), str(answer)
+    gold = extract_boxed(answer) or answer
+    if not (box and box.strip() and gold.strip()):
+        return False
+    if box.strip() == gold.strip():
+        return True
+    if max(len(box), len(gold)) > 800 or re.search(r"[({\[]{6}", box):
+        return False                            # the longest of the benchmarks' 1,547 answers has 210 characters
+    box, gold = box.translate(SYMBOLS), gold.translate(SYMBOLS)
+    for pattern, replacement in NORMALIZATIONS:
+        box, gold = pattern.sub(replacement, box), pattern.sub(replacement, gold)
+    try:
+        return same_answer(box.strip(), gold.strip())
+    except UNREADABLE:
+        return False
+
+
+def reward_of(response, answer, kind="answer") -> float:
+    """The verifiable reward of a response: the answer is right, or (format) there is one at all, or (none) nothing."""
+    return float({"answer": is_correct(response, answer), "format": bool((extract_boxed(response) or "").strip()),
+                  "none": False}[kind])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Advantages: how much better than the other rollouts of its group?
+# ----------------------------------------------------------------------------------------------------------------------
+
+def group_advantages(rewards, group_size, scale=True):
+    """Rewards (N,) -> advantages (N,): (r - mean) / (std + 1e-6) in each group of G neighbours, std with ddof 1.
+
+    A group in which all rewards are equal has nothing to say: its advantages are exactly 0. `scale=False` leaves the
+    division out. Paper Eq. 6, with the released code's ddof and 1e-6. Raises ValueError if G does not divide N.
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards do not make groups of {group_size}")
+    groups = rewards.view(-1, group_size)                                                                     # (N/G, G)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale:
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
+    # rounding in the mean of equal rewards, divided by 1e-6, would pass for a signal
+    dead = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    return advantages.masked_fill(dead, 0.0).view(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Loss: log-probabilities, then clipped policy gradient + KL - entropy
+# ----------------------------------------------------------------------------------------------------------------------
+
+def token_logprobs(model, prompts, responses, temperature, chunk=1024):
+    """Log-probability and entropy of every response token -> logprobs, entropy, mask, each (B, T) and 0 after the end.
+
+    Rows are prompt + response, padded on the right with any token: a causal model never looks there. The mask goes by
+    length, not by token id, because where EOS == PAD an id mask would take the model's stopping out of the loss.
+    Logits are made for `chunk` tokens at a time and made again in backward: fp32 logits of 3,072 tokens are 1.9 GB.
+    """
+    device = model.device
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)                                     # (B,)
+    lengths = torch.tensor([len(response) for response in responses], device=device)
+    ids = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
+    ids = pad_sequence(ids, batch_first=True).to(device)                                                        # (B, L)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                                   # (B, T)
+    row, t = mask.nonzero(as_tuple=True)                                                                          # (M,)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                              # (B, L, H)
+    hidden, targets = hidden[row, starts[row] + t - 1], ids[row, starts[row] + t]   # the token before predicts this one
+    head = model.get_output_embeddings()
+
+    def score(hidden, targets):
+        logps = (head(hidden).float() / temperature).log_softmax(-1)                                        # (chunk, V)
+        return logps.gather(1, targets[:, None]).squeeze(1), -(logps.exp() * logps).sum(1)
+
+    parts = [checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+    logprobs, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(part))
+                         for part in zip(*parts))
+    return logprobs, entropy, mask
+
+
+def kl_estimate(logprobs, ref_logprobs, kind="k3"):
+    """Elementwise estimate of KL(policy || reference) from samples of the policy (Schulman, 2020).
+
+    Its gradient is another matter, because in the loss it flows through the estimate alone: k1's expectation is zero
+    (it never looks at the reference), k2's is that of KL(policy || reference), k3's that of KL(reference || policy).
+    k3 is cut at 10, as in the released code; the exponent too, because inf times the cut's zero gradient is NaN.
+    """
+    d = ref_logprobs - logprobs
+    return {"k1": lambda: -d, "k2": lambda: d.square() / 2,
+            "k3": lambda: (d.clamp(max=20).exp() - d - 1).clamp(max=10)}[kind]()
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, num_tokens, config):
+    """The loss of a micro-batch, as its share of the update's loss: (scalar, stats); micro-batches simply add up.
+
+    logprobs, old_logprobs, ref_logprobs, entropy, mask: (B, T); advantages: (B,); num_tokens: the response tokens of
+    the whole update. stats are shares of means over those tokens, so they add up too. Paper Eq. 3 to 8.
+    """
+    A = advantages[:, None]                                                                                     # (B, 1)
+    ratio = (logprobs - old_logprobs).exp()                                                                     # (B, T)
+    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
+    pg = -torch.min(ratio * A, clipped * A)
+    kl = kl_estimate(logprobs, ref_logprobs, config.kl_estimator)
+    per_token = config.pg_coef * pg + config.kl_coef * kl - config.entropy_coef * entropy
+    mask = mask.to(per_token.dtype)
+    if config.loss_agg == "token":
+        loss = (per_token * mask).sum() / num_tokens
+    else:
+        num_rollouts = config.prompts_per_step * config.group_size // config.updates_per_batch
+        loss = ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / num_rollouts
+    was_clipped = (clipped * A < ratio * A).float()
+    stats = {name: float((x.detach() * mask).sum() / num_tokens) for name, x in
+             [("pg_loss", pg), ("kl", kl), ("entropy", entropy), ("ratio", ratio), ("clip_frac", was_clipped)]}
+    return loss, {"loss": loss.item(), **stats}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Update: gradients of all micro-batches, then one optimizer step
+# ----------------------------------------------------------------------------------------------------------------------
+
+def micro_batches(prompts, responses, token_budget) -> list:
+    """Row numbers, packed so that rows times longest row stays within the budget; a longer row goes alone.
+
+    Sorted by length, so that little is padding, from the longest, so that memory runs out at once or not at all.
+    """
+    length = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    batches = []
+    for i in sorted(range(len(length)), key=length.__getitem__, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * length[batches[-1][0]] > token_budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def update(policy, ref_policy, optimizer, prompts, responses, advantages, old_logprobs, config):
+    """One optimizer step on N' rollouts -> stats. old_logprobs: a (T,) tensor a rollout, or None: those of now."""
+    num_tokens = sum(map(len, responses))           # before the loop: packing must not change the gradient
+    stats = Counter()
+    for rows in tqdm(micro_batches(prompts, responses, config.token_budget), "update", leave=False, disable=None):
+        batch = [prompts[i] for i in rows], [responses[i] for i in rows], config.temperature
+        with autocast(policy, config):
+            with torch.no_grad():
+                ref_logprobs = token_logprobs(ref_policy, *batch)[0] if ref_policy else None
+            logprobs, entropy, mask = token_logprobs(policy, *batch)
+        now = logprobs.detach()
+        old = now if old_logprobs is None else pad_sequence([old_logprobs[i] for i in rows], batch_first=True)
+        loss, parts = grpo_loss(logprobs, old, now if ref_logprobs is None else ref_logprobs, entropy,
+                                advantages[rows].to(now.device), mask, num_tokens, config)
+        loss.backward()
+        stats.update(parts)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
+    if not math.isfinite(grad_norm + stats["loss"]):
+        sys.exit(f"error: loss {stats['loss']}, gradient norm {grad_norm}: this update was not made, and the last "
+                 "checkpoint is whole; try a lower --learning-rate or --kl-coef, or --precision fp32")
+    optimizer_step(policy, optimizer)
+    return {**stats, "grad_norm": grad_norm}
+
+
+def train_on(policy, ref_policy, optimizer, prompts, responses, advantages, config) -> dict:
+    """All updates on one batch of rollouts -> the mean of their stats. [P] makes 8, of 16 groups each; [C] 1 of all."""
+    per_update = len(prompts) // config.updates_per_batch
+    old_logprobs = None                         # one update: the old policy is the policy, no second pass is needed
+    if config.updates_per_batch > 1:
+        old_logprobs = [None] * len(prompts)
+        for rows in micro_batches(prompts, responses, config.token_budget):
+            with torch.no_grad(), autocast(policy, config):
+                logprobs, _, mask = token_logprobs(policy, [prompts[i] for i in rows], [responses[i] for i in rows],
+                                                   config.temperature)
+            for i, values, kept in zip(rows, logprobs, mask):
+                old_logprobs[i] = values[kept]
+    stats = Counter()
+    for first in range(0, len(prompts), per_update):
+        part = slice(first, first + per_update)
+        stats.update(update(policy, ref_policy, optimizer, prompts[part], responses[part], advantages[part],
+                            old_logprobs and old_logprobs[part], config))
+    return {name: value / config.updates_per_batch for name, value in stats.items()}
+
+
+def copy_weights(sources, targets) -> None:
+    """Copy parameter by parameter, across devices and precisions."""
+    with torch.no_grad():
+        for source, target in zip(sources, targets):
+            if source is not target:
+                target.copy_(source)
+
+
+def optimizer_step(policy, optimizer) -> None:
+    """AdamW on the fp32 weights: the policy's own, or with --offload-optimizer copies of them in host memory."""
+    pairs = list(zip(policy.parameters(), optimizer.param_groups[0]["params"]))
+    for param, master in pairs:
+        if master is not param:
+            master.grad, param.grad = param.grad.to(master.device), None
+    optimizer.step()
+    optimizer.zero_grad()
+    copy_weights(optimizer.param_groups[0]["params"], policy.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Precision and files: what a long run needs
+# ----------------------------------------------------------------------------------------------------------------------
+
+def uses_bf16(device, config) -> bool:
+    return config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+
+
+def autocast(policy, config):
+    """bf16 matrix products on fp32 weights: at learning rate 1e-6 a weight kept in bf16 would never move."""
+    return torch.autocast(policy.device.type, torch.bfloat16, enabled=uses_bf16(policy.device, config))
+
+
+def bf16_copy(model):
+    """A frozen copy with bf16 parameters. Buffers stay: rotary frequencies in bf16 would blur far positions."""
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for param in twin.parameters():
+        param.data = param.data.bfloat16()
+    return twin
+
+
+def checkpoint_layers(model) -> None:
+    """Keep only the input of each layer for backward and compute the rest again: memory for a third more time."""
+    for layer in model.base_model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def load_model(name, dtype=torch.float32):
+    """Model, tokenizer of a Hugging Face id or folder, on the GPU if there is one."""
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        fail(f"--model {name}: not a model folder, and not to be had from the hub "
+             f"({str(error).strip().splitlines()[0]})")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+@contextlib.contextmanager
+def atomically(path):
+    """Write to path.tmp, then rename it: a kill leaves the old file or folder, or the new one, never half of one."""
+    temporary = Path(f"{path}.tmp")
+    yield temporary
+    if temporary.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def peak_memory_gb(device) -> float:
+    """Of the GPU, or of this process; nan on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else math.nan
+
+
+def write_json(path, value) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def append_rows(path, rows) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def forget_rows_after(path, step) -> None:
+    """Drop the rows of steps after the checkpoint, which are done again, and a line that a kill cut short."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+    with atomically(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def save_model(folder, model, tokenizer) -> None:
+    """An ordinary Hugging Face folder, under its final name only when it is whole."""
+    with atomically(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def save_checkpoint(run_dir, step, policy, optimizer) -> None:
+    """All that --resume needs. What is random is drawn anew from (seed, step), so no random state is among it."""
+    (run_dir / "latest").mkdir(exist_ok=True)
+    with atomically(run_dir / "latest" / "state.pt") as temporary:
+        torch.save({"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
+
+
+@contextlib.contextmanager
+def interrupts_held():
+    """Hold Ctrl-C back until the block ends: a half-made update or log row is worse than a short wait."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(print("\nstopping when this step is done")))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+LEGEND = """\
+Watch reward and (with --eval) test accuracy, not the loss. The loss is near 0 and the ratio is 1 by design: advantages
+sum to 0 in each group, and with one update a batch the old policy is the policy itself; the gradient is not 0.
+dead: share of groups whose rewards are all equal, no signal; trunc: share of responses cut at --max-response-tokens."""
+
+
+def introduce(config, examples, tokenizer, stop_ids, device) -> None:
+    """What a person should see before the first step: settings, prompt, stop tokens, the size of a step."""
+    for name, value in asdict(config).items():
+        print(f"{name:>24}  {value}")
+    first, rollouts = examples[0], config.prompts_per_step * config.group_size
+    print(f"\nprompt of {first['name']} ({len(first['prompt'])} tokens; its answer is {first['answer']!r}):\n"
+          f"{indented(tokenizer.decode(first['prompt']))}\n"
+          f"a response ends at {', '.join(f'{i} {tokenizer.decode([i])!r}' for i in stop_ids)}\n"
+          f"one step: {config.prompts_per_step} groups of {config.group_size} = {rollouts:,} rollouts of up to "
+          f"{config.max_response_tokens:,} tokens, {min(config.slots, rollouts)} at a time, then "
+          f"{config.updates_per_batch} update(s); {len(examples)} example(s); on {device}\n\n{LEGEND}\n")
+
+
+def indented(text) -> str:
+    return textwrap.indent(text, "    | ", lambda line: True)
+
+
+def summarize(step, chosen, responses, texts, rewards, correct, stop_ids, group_size) -> dict:
+    """What the rollouts of a step were like: the first part of its row in metrics.jsonl."""
+    right = {}
+    for example, is_right in zip(chosen, correct):
+        right.setdefault(example["name"], []).append(is_right)
+    return {"step": step, "reward": rewards.mean().item(), "accuracy": float(np.mean(correct)),
+            "dead_groups": (rewards.view(-1, group_size).std(1) == 0).float().mean().item(),
+            "boxed_frac": float(np.mean([extract_boxed(text) is not None for text in texts])),
+            "response_length": float(np.mean([len(response) for response in responses])),
+            "truncated_frac": float(np.mean([response[-1] not in stop_ids for response in responses])),
+            "examples": {name: float(np.mean(verdicts)) for name, verdicts in right.items()}}
+
+
+def print_step(row, config) -> None:
+    """One line a step."""
+    hours, minutes = divmod(int(row["eta_seconds"] / 60), 60)
+    print(f"step {row['step']}/{config.steps}  reward {row['reward']:.3f}  dead {row['dead_groups']:.2f}  "
+          f"len {row['response_length']:.0f}  trunc {row['truncated_frac']:.2f}  entropy {row['entropy']:.3f}  "
+          f"kl {row['kl']:.4f}  loss {row['loss']:+.4f}  grad {row['grad_norm']:.2f}  ratio {row['ratio']:.3f}  "
+          f"{row['tokens_per_second']:,.0f} tok/s  sample {row['sample_seconds']:.1f}s  "
+          f"update {row['update_seconds']:.1f}s  {row['memory_gb']:.1f}GB  eta {hours}h{minutes:02d}m"
+          + "  (all groups dead: only KL, entropy and weight decay act)" * (row["dead_groups"] == 1), flush=True)
+
+
+def print_sample(sample) -> None:
+    text = sample["text"] if len(sample["text"]) < 900 else f"{sample['text'][:400]}\n[...]\n{sample['text'][-400:]}"
+    print(f"a rollout to {sample['example']}: reward {sample['reward']:.0f}, advantage {sample['advantage']:+.2f}, "
+          f"{sample['tokens']} tokens\n{indented(text)}", flush=True)
+
+
+def prepare_examples(config, tokenizer) -> list:
+    """The examples with their prompts' tokens; those that are too long are left out, and said to be."""
+    examples = load_examples(config.example, config.answer)
+    for example in examples:
+        example["prompt"] = encode_prompt(tokenizer, example["problem"] + TRAIN_SUFFIX)
+    fitting = [example for example in examples if len(example["prompt"]) <= config.max_prompt_tokens]
+    if not fitting:
+        fail(f"--max-prompt-tokens {config.max_prompt_tokens}: none of {len(examples)} prompts is that short")
+    if len(fitting) < len(examples):
+        print(f"{len(examples) - len(fitting)} of {len(examples)} examples exceed --max-prompt-tokens and are left out")
+    if unlabelled := sum(not example["answer"].strip() for example in fitting):
+        print(f"{unlabelled} of {len(fitting)} examples have an empty answer: no response to them is ever right")
+    return fitting
+
+
+def evaluation_due(config, step, sampler, tokenizer) -> dict:
+    """{"eval": {benchmark: accuracy, ..., "average"}} if an evaluation is due after this step, else nothing."""
+    if not config.eval_every or step % config.eval_every:
+        return {}
+    from evaluate import evaluate, load_benchmark
+    result = evaluate(sampler, tokenizer, {name: load_benchmark(name) for name in config.eval}, slots=config.slots,
+                      max_response_tokens=config.max_response_tokens, seed=config.seed)
+    scores = {name: row["avg_at_k"] for name, row in result["benchmarks"].items()} | {"average": result["average"]}
+    print(f"eval {step}/{config.steps}  " + "  ".join(f"{name} {x:.3f}" for name, x in scores.items()), flush=True)
+    return {"eval": scores}
+
+
+def main(argv=None) -> None:
+    config = parse_args(argv)
+    run_dir = Path(config.output_dir)
+    if (run_dir / "config.json").exists() and not config.resume:
+        fail(f"{run_dir} already holds a run: go on with it by --resume, or name another --output-dir")
+    if config.model == TINY_BASE and not Path(TINY_BASE).exists():
+        from labs import tiny
+        tiny.build_base(TINY_BASE)
+
+    policy, tokenizer = load_model(config.model)
+    device, bf16, done = policy.device, uses_bf16(policy.device, config), 0
+    examples = prepare_examples(config, tokenizer)
+    stop_ids = find_stop_ids(tokenizer, policy.generation_config)
+    if not stop_ids:
+        fail(f"--model {config.model}: neither tokenizer nor configuration names a token that ends a response")
+    ref_policy = None if config.kl_coef == 0 else bf16_copy(policy) if bf16 else copy.deepcopy(policy)
+    sampler = bf16_copy(policy) if bf16 else policy
+    masters = list(policy.parameters())
+    if config.offload_optimizer:
+        masters = [param.detach().to("cpu", copy=True) for param in masters]
+    optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if config.activation_checkpointing:
+        checkpoint_layers(policy)
+
+    if config.resume and (run_dir / "latest" / "state.pt").exists():
+        state = torch.load(run_dir / "latest" / "state.pt", map_location="cpu", weights_only=True)
+        done = state["step"]
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        copy_weights(policy.parameters(), masters)
+        copy_weights(policy.parameters(), sampler.parameters())
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for log in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
+        forget_rows_after(log, done or -1)      # without a checkpoint all is done again, step 0's evaluation too
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    write_json(run_dir / "config.json", {**asdict(config), "prompt": tokenizer.decode(examples[0]["prompt"]),
+                                         "stop_ids": stop_ids, "device": str(device), "versions": versions})
+    introduce(config, examples, tokenizer, stop_ids, device)
+
+    phase, started, resumed_at = "evaluating", time.time(), done
+    try:
+        if done == 0 and (row := evaluation_due(config, 0, sampler, tokenizer)):
+            append_rows(run_dir / "metrics.jsonl", [{"step": 0, **row}])
+        for step in range(done + 1, config.steps + 1):
+            # 1. Example
+            groups = examples_of_step(step, len(examples), config.prompts_per_step, config.seed)
+            chosen = [examples[i] for i in groups for _ in range(config.group_size)]                     # N examples
+            prompts = [example["prompt"] for example in chosen]
+            # 2. Rollouts
+            phase, sampling_from = "sampling", time.time()
+            generator = torch.Generator().manual_seed(1_000_003 * config.seed + step)
+            responses = generate(sampler, prompts, max_response_tokens=config.max_response_tokens, stop_ids=stop_ids,
+                                 temperature=config.temperature, slots=config.slots, generator=generator)
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            # 3. Reward
+            correct = [is_correct(text, example["answer"]) for text, example in zip(texts, chosen)]
+            rewards = [reward_of(text, example["answer"], config.reward) for text, example in zip(texts, chosen)]
+            rewards = torch.tensor(rewards)                                                                    # (N,)
+            # 4. Advantages
+            advantages = group_advantages(rewards, config.group_size, config.scale_rewards)                    # (N,)
+            # 5. Loss and 6. Update
+            phase, updating_from = "updating", time.time()
+            with interrupts_held():
+                stats = train_on(policy, ref_policy, optimizer, prompts, responses, advantages, config)
+                copy_weights(policy.parameters(), sampler.parameters())
+                now = time.time()
+                row = {**summarize(step, chosen, responses, texts, rewards, correct, stop_ids, config.group_size),
+                       **stats,
+                       "tokens_per_second": sum(map(len, responses)) / (updating_from - sampling_from),
+                       "sample_seconds": updating_from - sampling_from, "update_seconds": now - updating_from,
+                       "eta_seconds": (now - started) / (step - resumed_at) * (config.steps - step),
+                       "memory_gb": peak_memory_gb(device)}
+                print_step(row, config)
+                shown = sorted({0, int(rewards.argmax()), int(rewards.argmin())})
+                samples = [{"step": step, "example": chosen[i]["name"], "reward": rewards[i].item(),
+                            "advantage": round(advantages[i].item(), 4), "tokens": len(responses[i]), "text": texts[i]}
+                           for i in shown]
+                if step % 10 == 1:
+                    print_sample(samples[step // 10 % len(samples)])
+                row |= evaluation_due(config, step, sampler, tokenizer)
+                append_rows(run_dir / "metrics.jsonl", [row])
+                append_rows(run_dir / "samples.jsonl", samples)
+                done, phase = step, "saving"
+                if step % config.save_every == 0 or step == config.steps:
+                    save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)
+                    save_checkpoint(run_dir, step, policy, optimizer)
+    except KeyboardInterrupt:
+        save_checkpoint(run_dir, done, policy, optimizer)
+        print(f"\nstopped after step {done}, which is saved; go on with\n"
+              f"    python one_shot_rlvr.py --output-dir {run_dir} --resume")
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: out of GPU memory while {phase} in step {done + 1}; the last checkpoint is whole. Sampling "
+                 "needs less with a lower --slots, updating with a lower --token-budget, --activation-checkpointing "
+                 "or --offload-optimizer; then --resume")
+    final = run_dir / f"step-{config.steps:06d}"
+    print(f"done: {final} is a Hugging Face model folder; measure it with\n    python evaluate.py --model {final}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Appendix: when are two answers the same? (section 3 calls same_answer)
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Words that make a \text{...} part of the answer and no unit: "4 \text{ or 5}" is not 4, "5 \text{ million}" is not 5.
+NOT_A_UNIT = (r"or|and|if|to|not|nor|but|no|is|are|than|mod\w*|base|pi|plus|minus|times|over|squared|cubed|half|halves|"
+              r"thirds?|dozen|hundreds?|thousands?|[mbtr]+illions?|factorial|choose|negative|infinity")
+UNIT = (r"(?:square |cubic )?(?:mph|[ckm]m|kg|f(?:ee|oo)?t|inch(?:es)?|\w*met(?:er|re)s?|units?|miles?(?: per hour)?|"
+        r"degrees?|dollars?|cents?|percent|hours?|minutes?|seconds?|days?|years?)")
+SYMBOLS = str.maketrans({"−": "-", "–": "-", "·": "*", "×": r"\times ", "π": r"\pi ", "√": r"\sqrt",
+                         "∪": r"\cup ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "°": r"\degree ",
+                         "~": " "})
+# One spelling for what LaTeX can spell in several ways. The order matters: each row relies on the rows above it.
+NORMALIZATIONS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in [
+    # dollars and math delimiters; \left and the other commands that only change the look
+    (r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?", ""),
+    # every upright font is \text, but an upright i or e is still the number, and \text{(C)} is the choice C
+    (r"\\(?:mbox|mathrm|mathbf|mathit|text[a-z]{2}|operatorname|boldsymbol)(?![A-Za-z]) *|\\text +(?=\{)", r"\\text"),
+    (r"\\text\{ *([ie]) *\}|^ *\\text\{ *\(? *([A-Z]) *\)? *\}[ .]*$", r"\1\2"),
+    # thousands: 1{,}234 and 1,\!234 anywhere, 1,234 only as the whole answer, because (1,234) and 2,4 are lists
+    (r"(?<=[0-9])(?:\{,\}|, *\\!|\\,) *(?=[0-9]{3}(?![0-9]))", ""),
+    (r"^[^0-9,(\[{]*[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])(?=[^,]*$)", lambda match: match[0].replace(",", "")),
+    # spaces; "and", "or" and ";" part a list as commas do, so that "4 or 5" is two answers and never 4
+    (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])|\s+", " "), (" +", " "),
+    (r"\\text\{ *,? *(?:and|or) *\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|;", ","), (r", ?,", ","),
+    (r"\\([lg])eq?(?:slant)?(?![A-Za-z])", r"\\\1e "),
+    # percent and degrees are dropped, units are marked: 12\% is 12 and 4 cm is 4, but 4 cm is not 4 km
+    (r"\\?%| ?\^ ?\{? ?\\circ ?\}?|\\degree ?", ""), (rf"(?<=[0-9)}}]) ?({UNIT})(?![A-Za-z])", r"\\text{\1}"),
+    (rf"(?<=[0-9)}}i]) ?\\text\{{(?![^{{}}]*\b(?:{NOT_A_UNIT})\b) *([A-Za-z][A-Za-z ./]*)\}}(?: ?\^ ?\{{?-?[0-9]\}}?)?"
+     r"(?= ?(?:$|[,)\]\\&.]))", r"\\unit{\1}"),
+    # fractions, roots, accents and powers with exactly the braces they need: \dfrac12, \sqrt2, x^{2}
+    (r"\\[dtc]frac", r"\\frac"), (r"\\(frac|sqrt|d?dot|hat|bar|vec) ?([A-Za-z0-9])", r"\\\1{\2}"),
+    (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9])", r"\1{\2}"), (r"([_^]) ?\{ ?([A-Za-z0-9]) ?\}(?![0-9])", r"\1\2"),
+    (r"\\(begin|end)\{[pb]matrix\}", r"\\\1{matrix}"),
+    # other spaces, but for one that ends a command (\pi r) or parts two numbers (4 5 is not 45); a full stop
+    (r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ", r"\1"), (r"(?<!\.)\.$", ""),
+]]
+# What may stand in front of a value: x=, f(x)=, V_{max}=, (x,y)=, \text{Area}=, x\in
+NAME = re.compile(r"^(?:\([A-Za-z](?:,[A-Za-z])+\)|(?:\\text\{[^{}]*\}|\\[A-Za-z]+ ?|[A-Za-z])"
+                  r"(?:_[A-Za-z0-9]|_\{[^{}]*\})?(?:\([A-Za-z](?:,[A-Za-z])*\))?)(?:=|\\in(?![A-Za-z]))")
+
+
+def plain(text):
+    r"""Text without \text{} and \unit{} and in lower case, but for commands: \Delta is not \delta."""
+    text = re.sub(r"\\(?:text|unit)\{([^{}]*)\}", r"\1", text).removeprefix("+")
+    return re.sub(r"(\\[A-Za-z]+)|([A-Z])", lambda match: match[1] or match[2].lower(), text)
+
+
+def split_top(text, separator):
+    """Split at the separators that stand outside all brackets; [] where brackets do not match."""
+    parts, depth = [""], 0
+    for piece in re.split(r"(\\cup|[,()\[\]{}])", text):
+        depth += (piece in list("([{")) - (piece in list(")]}"))
+        if depth < 0:
+            return []
+        if piece == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts if depth == 0 else []
+
+
+def split_list(text):
+    r"""(kind, elements) of a matrix, tuple, interval, union or list; kind "" and one element for a single value."""
+    if match := re.fullmatch(r"\\begin\{matrix\}(.*?)(?:\\\\)?\\end\{matrix\}", text):
+        rows = [row.split("&") for row in match[1].split("\\\\")]
+        return f"matrix {[len(row) for row in rows]}", sum(rows, [])
+    match = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
+    if match and (parts := split_top(match[2], ",")):       # none in (a)/(b), whose first bracket closes before its end
+        if match[1].endswith("{") or (match[1], match[3], len(parts)) == ("(", ")", 1):
+            return split_list(match[2])         # \{1,2\} is the list 1,2 and (C) is C, but (1,2) and [1,2] are no lists
+        return match[1] + match[3], parts
+    if len(parts := split_top(text, "\\cup")) > 1:
+        return "union", parts
+    parts = split_top(text, ",") or [text]
+    parts = [part.replace("\\pm", sign) for part in parts for sign in "+-"[:1 + part.count("\\pm")]]
+    return ("list" if len(parts) > 1 else ""), parts
+
+
+def sqrt(x):
+    """Exact for the square of a fraction, else a float."""
+    if isinstance(x, Fraction) and x >= 0:
+        root = Fraction(math.isqrt(x.numerator), math.isqrt(x.denominator))
+        return root if root * root == x else cmath.sqrt(x)
+    return cmath.sqrt(x)
+
+
+FUNCTIONS = {"sqrt": sqrt, "ln": cmath.log, **{f: getattr(cmath, f) for f in "sin cos tan sinh cosh tanh exp".split()}}
+TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,3}(?![0-9]))?)|(?P<sign>[-+/^()])|"
+                   rf"(?P<times>\\cdot ?|\\times ?|\*)|(?P<function>\\?(?:{'|'.join(FUNCTIONS)})(?![A-Za-z]))|"
+                   # a letter with its index, or applied to a number: I(0) is no product, which would be 0
+                   r"(?P<letter>(?:\\[A-Za-z]+|[A-Za-z])(?:\([0-9]+\)|_[A-Za-z0-9]|_\([A-Za-z0-9]+\))? ?)")
+
+
+# What a text that is no expression can make Python's parser and arithmetic raise: such a text is not the answer.
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError,
+              ValueError)
+
+
+def evaluate(text, point):
+    """The value of an expression: an exact Fraction where it is rational, else complex; letters are random fractions.
+
+    The LaTeX becomes a Python expression over the names v0, v1, ...; Python's parser makes a tree of it, which is
+    walked here. Nothing is executed. Raises one of UNREADABLE for what is no expression.
+    """
+    # a mixed number, 1\frac45 or 1 4/5, is a sum and no product
+    text = re.sub(r"^(-?)([0-9]+)(?: ?(?=\\)| )(\\frac\{[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+)$", r"\1(\2+\3)", text)
+    if re.search(r"^[A-Za-z]{3,}$|[0-9] ?\\frac\{[0-9]+\}\{[0-9]+\}", text):
+        raise ValueError("a word is no product of its letters (east, seat), and 2\\frac12x may be x or 5x/2")
+    while "{" in text:                                                          # from the innermost braces outwards
+        outer = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
+        outer = re.sub(r"\\sqrt\[([0-9]+)\]\{([^{}]*)\}", r"((\2)^(1/\1))", outer)
+        outer = re.sub(r"(\\sqrt|[_^])\{([^{}]*)\}", r"\1(\2)", outer)
+        if outer == text:
+            raise ValueError("braces that are no argument")
+        text = outer
+    source, values, end, before = "", {}, 0, ""
+    for token in TOKEN.finditer(text):
+        kind, word = token.lastgroup, token[0].strip().lstrip("\\")
+        operand_before = before in ("number", "letter") or source.endswith(")")
+        if token.start() != end or kind == "number" and operand_before or before == "function" and word != "(":
+            raise ValueError("no expression, or one with two readings, like x1 and sin 2t")
+        if kind in ("number", "letter", "function") or word == "(":
+            source += "*" * operand_before                                                          # 2x, (a)(b)
+        if kind in ("number", "letter"):
+            letter = Fraction(random.Random(f"{word} {point}").randrange(10**6, 10**7), 10**6 + 3)
+            constants = {"pi": math.pi, "e": math.e, "i": 1j}
+            values[f"v{end}"] = Fraction(word) if kind == "number" else constants.get(word, letter)
+            word = f"v{end}"
+        source += "*" if kind == "times" else word.replace("^", "**")
+        end, before = token.end(), kind
+    if end != len(text):
+        raise ValueError("no expression")
+
+    def value(node):
+        if isinstance(node, ast.Name):
+            return values[node.id]
+        if isinstance(node, ast.UnaryOp):
+            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
+        if isinstance(node, ast.Call):
+            return FUNCTIONS[node.func.id](value(node.args[0]))
+        x, y, op = value(node.left), value(node.right), type(node.op)
+        if op is ast.Pow and isinstance(x, Fraction) and abs(y) * (x.numerator * x.denominator).bit_length() > 9999:
+            raise OverflowError("a tower of exponents, which would fill the memory")
+        if op is ast.Pow and not (isinstance(y, Fraction) and y.denominator == 1):
+            return complex(x)**complex(y)
+        result = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+                  ast.Pow: operator.pow}[op](x, y)
+        if isinstance(result, Fraction) and (result.numerator * result.denominator).bit_length() > 20_000:
+            raise OverflowError("too many digits")
+        return result
+    return value(ast.parse(source, mode="eval").body)
+
+
+def same_answer(given, gold):
+    """Are two normalised answers the same text, or the same elements in the same order, or the same value?"""
+    if plain(given) == plain(gold):
+        return given != ""
+    if bool(NAME.match(given)) != bool(NAME.match(gold)) and not ("=" in given and "=" in gold):
+        given, gold = NAME.sub("", given), NAME.sub("", gold)                   # x=5 is 5, but it is not y=5
+    (kind, given_parts), (gold_kind, gold_parts) = split_list(given), split_list(gold)
+    if kind != gold_kind or len(given_parts) != len(gold_parts):
+        return False
+    if kind:
+        return all(map(same_answer, given_parts, gold_parts))
+    if given.count("=") == gold.count("=") == 1:
+        return all(map(same_answer, given.split("="), gold.split("=")))
+    (given, *unit), (gold, *gold_unit) = (re.split(r"\\unit\{(.*)\}$", text)[:2] for text in given_parts + gold_parts)
+    if unit and gold_unit and unit[0][0] != gold_unit[0][0]:         # cm is centimeters, but neither km nor meters
+        return False
+    if plain(given) == plain(gold):
+        return given != ""
+    return all(same_value(evaluate(given, point), evaluate(gold, point)) for point in (0, 1))
+
+
+def same_value(x, y):
+    """Fractions to the last digit, irrational numbers to the eleventh; no fraction is a root or a multiple of pi."""
+    if isinstance(x, Fraction) or isinstance(y, Fraction):
+        return type(x) == type(y) and x == y
+    return cmath.isfinite(x) and cmath.isclose(x, y, rel_tol=1e-11)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,881 @@
+"""Tests of one_shot_rlvr.py, evaluate.py and labs/: no network, no GPU, no weights but those made here.
+
+Each equation and mechanism is held against the slowest, most obvious version of itself. A docstring says which bug of a
+public implementation the test would have caught.
+
+    pytest
+"""
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+import evaluate
+import one_shot_rlvr as rl
+from labs import tiny
+
+HERE = Path(__file__).resolve().parent
+
+
+def random_model(seed=0, vocab_size=50, **kwargs):
+    """A two-layer Qwen2 with random weights, large enough that its next token is far from uniform."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=True, **kwargs)
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A Hugging Face folder with the tiny world's tokenizer and a random model: enough to run every command on."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny.make_tokenizer()
+    model = random_model(vocab_size=len(tokenizer), max_position_embeddings=256)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_flags(folder, output_dir, *more):
+    return ["--model", str(folder), "--example", "pi2", "--output-dir", str(output_dir), "--prompts-per-step", "2", "--group-size", "4",
+            "--max-response-tokens", "12", "--learning-rate", "1e-2", "--steps", "4", "--save-every", "2", *map(str, more)]
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def easy_reward(monkeypatch):
+    """A reward that a random model gets about half of the time, so that there is a gradient."""
+    monkeypatch.setattr(rl, "reward_of", lambda text, answer, kind: float(len(text) % 2))
+
+
+def same_weights(folder_a, folder_b):
+    a, b = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder_a, folder_b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3], [9], [4, 5, 6, 7, 8], [1, 2, 3], [10, 11, 12, 13]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Example and prompt
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_paper_examples_are_exact():
+    """A training prompt is data: one lost space and it is another experiment."""
+    examples = json.loads((HERE / "examples.json").read_text())
+    paper = {name: e for name, e in examples.items() if name.startswith("pi")}
+    assert list(paper) == [f"pi{i}" for i in [*range(1, 18), 605, 606, 1201, 1207, 1208, 1209]]
+    text = "\n".join(f"{name} {e['problem']} {e['answer']}" for name, e in paper.items())
+    assert hashlib.sha256(text.encode()).hexdigest() == PAPER_EXAMPLES_SHA256
+
+
+PAPER_EXAMPLES_SHA256 = "8563f0f05ae3646e9c01b08af7bec915b7438d3dda18f20e2e92b1e962d8696b"
+
+
+def test_examples_share_a_step_evenly_and_epochs_do_not_repeat():
+    from collections import Counter
+    assert Counter(rl.examples_of_step(3, 2, 128, seed=0)) == {0: 64, 1: 64}
+    assert sorted(Counter(rl.examples_of_step(1, 3, 128, seed=0)).values()) == [42, 43, 43]
+    stream = [i for step in range(1, 11) for i in rl.examples_of_step(step, 20, 8, seed=1)]          # 80 draws = 4 epochs
+    epochs = [stream[e:e + 20] for e in range(0, 80, 20)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+
+
+def test_load_examples_from_files(tmp_path, capsys):
+    rows = [{"problem": "1+1?", "answer": 2}, {"problem": "2+2?", "answer": "4", "name": "four"}]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    loaded = rl.load_examples([str(tmp_path / "set.jsonl")])
+    assert loaded == rl.load_examples([str(tmp_path / "set.json")])
+    assert loaded == [{"name": "1", "problem": "1+1?", "answer": "2"}, {"name": "four", "problem": "2+2?", "answer": "4"}]
+    assert [e["answer"] for e in rl.load_examples(["pi1"], answer="4")] == ["4"]
+    (tmp_path / "broken.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n{"problem": \n')
+    for names, words in [(["pi99"], ["pi99", "pi1", "pi1209"]), ([str(tmp_path / "broken.jsonl")], ["broken.jsonl", "line 2"]),
+                         ([str(tmp_path / "none.json")], ["none.json"])]:
+        with pytest.raises(SystemExit) as stop:
+            rl.load_examples(names)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)
+
+
+CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nDEFAULT<|im_end|>\n{% endif %}"
+          "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+NO_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+             "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+DROPS_SYSTEM = ("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|>"
+                "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("template, with_system, without", [
+    (CHATML, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+     "<|im_start|>system\nDEFAULT<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"),
+    (NO_SYSTEM, *2 * ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",)),
+    (DROPS_SYSTEM, *2 * ("<|im_start|>user\n2+2?<|endoftext|><|im_start|>assistant\n",)),
+    (None, "2+2?", "2+2?")])
+def test_encode_prompt(template, with_system, without):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = template
+    assert tokenizer.decode(rl.encode_prompt(tokenizer, "2+2?")) == without
+    assert tokenizer.decode(rl.encode_prompt(tokenizer, "2+2?", system="Be brief.")) == with_system
+
+
+def test_stop_ids_are_the_union_of_three_sources():
+    """A base model's configuration names <|endoftext|> alone; its chat template ends a turn with <|im_end|>."""
+    tokenizer = tiny.make_tokenizer()
+    end_of_text, im_end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|endoftext|>"
+    assert rl.find_stop_ids(tokenizer, GenerationConfig(eos_token_id=end_of_text)) == sorted({end_of_text, im_end})
+    tokenizer.chat_template = None
+    assert rl.find_stop_ids(tokenizer, GenerationConfig(eos_token_id=[7, 9])) == sorted({7, 9, end_of_text})
+    tokenizer.chat_template = DROPS_SYSTEM
+    assert rl.find_stop_ids(tokenizer, GenerationConfig()) == [end_of_text]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Rollouts
+# ----------------------------------------------------------------------------------------------------------------------
+
+def slow_generate(model, prompts, max_response_tokens, temperature, stop_ids, noise):
+    """No cache, no batch: the whole sequence again for every token; noise (N, T) picks from the cumulative softmax."""
+    responses = []
+    for prompt, row in zip(prompts, noise):
+        response = []
+        while len(response) < max_response_tokens and not (response and response[-1] in stop_ids):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response])).logits[0, -1].double()
+            if temperature == 0:
+                response.append(int(logits.argmax()))
+            else:
+                cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+                response.append(int((cumulative <= row[len(response)]).sum()))
+        responses.append(response)
+    return responses
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, None])
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.3])
+def test_generate_equals_the_slow_loop(model, slots, temperature):
+    """Also: mixed prompt lengths, a prompt of one token, and stop tokens that end rows at different times."""
+    stop_ids = [3, 17, 40, 41, 42]
+    noise = torch.rand(len(PROMPTS), 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    expected = slow_generate(model, PROMPTS, 20, temperature, stop_ids, noise)
+    responses = rl.generate(model, PROMPTS, max_response_tokens=20, temperature=temperature, stop_ids=stop_ids, slots=slots,
+                            generator=torch.Generator().manual_seed(5))
+    assert responses == expected
+    if temperature:
+        assert len({len(r) for r in responses}) > 2           # or this test has not seen rows end at different times
+
+
+def test_greedy_equals_transformers(model):
+    for prompt, response in zip(PROMPTS, rl.generate(model, PROMPTS, max_response_tokens=24, temperature=0, stop_ids=[3, 17])):
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+                                max_new_tokens=24, eos_token_id=[3, 17], pad_token_id=0)[0, len(prompt):].tolist()
+        assert response == theirs
+
+
+def test_sampling_follows_the_softmax():
+    logits = torch.tensor([[1.0, 0.0, -2.0, 3.0, -1e9]]).expand(200_000, -1)
+    noise = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.6, 1.0):
+        share = rl.sample_tokens(logits, temperature, noise).bincount(minlength=5) / 200_000
+        assert torch.allclose(share, (logits[0] / temperature).softmax(-1), atol=4e-3)
+        assert share[4] == 0
+    edge = rl.sample_tokens(logits[:2], 1.0, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert edge.tolist() == [0, 3]                      # a token of probability 0 is not drawn, not even at the edges
+
+
+def test_work_follows_the_sampled_tokens(model, monkeypatch):
+    """One prefill for equal prompts, and not one row-step more than tokens: nobody waits for the longest response."""
+    prefilled, row_steps, forward = [], [], model.forward
+
+    def counting(**kwargs):
+        n, t = kwargs["input_ids"].shape
+        prefilled.append(t) if t > 1 else row_steps.append(n)
+        return forward(**kwargs)
+    monkeypatch.setattr(model, "forward", counting)
+    prompts = 12 * [PROMPTS[1]] + 5 * [PROMPTS[0]] + 3 * [PROMPTS[1]]
+    responses = rl.generate(model, prompts, max_response_tokens=30, temperature=1.0, stop_ids=list(range(6)), slots=4,
+                            generator=torch.Generator().manual_seed(0))
+    assert sorted(prefilled) == [len(PROMPTS[0]) - 1, len(PROMPTS[1]) - 1]
+    assert sum(row_steps) == sum(map(len, responses)) and max(row_steps) == 4
+    assert len(row_steps) < 30 * 20 / 4                 # batches of 4 that wait for their longest would take more
+
+
+def test_generate_refuses_an_empty_prompt(model):
+    with pytest.raises(ValueError, match="empty prompt"):
+        rl.generate(model, [[1], []], max_response_tokens=2, temperature=1.0, stop_ids=[0])
+    assert rl.generate(model, [], max_response_tokens=2, temperature=1.0, stop_ids=[0]) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Reward
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHECKER_RULES = {
+    "numbers by value": [
+        ("12.8", "12.8", True), ("64/5", "12.8", True), (r"\frac{64}{5}", "12.8", True), ("12.80", "12.8", True),
+        (r"12\frac45", "12.8", True), ("12.7", "12.8", False), ("12.70", "12.8", False), ("12.699", "12.8", False),
+        (r"8\sqrt[3]{4}", "12.8", False), ("13", "12.8", False), ("027", "27.0", True), (".5", r"\frac12", True),
+        ("0.5", "1/2", True), (r"\frac{8}{6}", r"\frac{4}{3}", True), ("1.3333", r"\frac{4}{3}", False),
+        (r"\frac{-1}{2}", r"-\frac{1}{2}", True), (r"\frac{1}{-2}", r"-\frac{1}{2}", True), ("+2", "2", True),
+        ("-3./2", r"-\frac{3}{2}", True), (r"\frac{3}{4}", r"\frac{4}{3}", False), ("24", "-24", False),
+        (r"-\frac{2023}{2024}", r"-\frac{2023}{2024}", True), ("2.0", "20", False), ("10", "1", False),
+    ],
+    "fractions in every spelling": [
+        (r"\dfrac{1}{2}", r"\frac12", True), (r"\tfrac12", r"\frac 12", True), (r"\frac9{19}", r"\frac{9}{19}", True),
+        (r"\frac{270}7", r"\frac{270}{7}", True), (r"\frac{\frac12}{3}", r"\frac16", True),
+    ],
+    "mixed numbers": [
+        (r"3\frac{1}{2}", "3.5", True), ("3 1/2", r"\frac{7}{2}", True), (r"-1\frac12", "-3/2", True),
+        (r"137 \frac{1}{2}", "137.5", True), (r"3\frac{1}{2}", "31/2", False), (r"3\frac{1}{2}", "1.5", False),
+    ],
+    "thousands": [
+        ("1,234", "1234", True), ("1{,}234", "1234", True), (r"10,\!080", "10080", True), (r"10\,080", "10080", True),
+        (r"\$58,500", "58500", True), ("58500", r"$\$58,500$", True), ("2,4", "24", False), ("12,34", "1234", False),
+        ("(1,234)", "1234", False), ("1,234,5", "12345", False), ("1, 234", "1234", False), ("4,000", "4", False),
+    ],
+    "percent, currency, degrees": [
+        (r"12\%", "12", True), ("12", r"12\%", True), ("0.12", r"12\%", False), (r"75\%", "0.75", False),
+        (r"\$36", "36", True), (r"36 \text{ dollars}", r"\$36", True), (r"90^\circ", "90", True),
+        (r"90^{\circ}", r"90^\circ", True), (r"\frac{270}{7}^\circ", r"\frac{270}7\text{ degrees}", True),
+        (r"60^\circ", r"\frac{\pi}{3}", False),
+    ],
+    "units": [
+        (r"4 \text{ cm}", "4", True), ("12.8 mph", "12.8", True), (r"12.8 \text{ miles per hour}", "12.8", True),
+        (r"12.8\,\mathrm{mph}", "12.8", True), ("15", r"15\mbox{ cm}^2", True), (r"15 \text{ cm}^2", r"15\mbox{ cm}^2", True),
+        (r"864 \text{ in}^2", r"864 \mbox{ inches}^2", True), (r"4 \text{ m}", r"4 \text{ km}", False),
+        (r"5 \text{ cm}", r"4 \text{ cm}", False), (r"\text{cm}", "m", False), (r"\text{ cm}", r"4\text{ cm}", False),
+        ("6m", "6", False), ("6m", "6m", True), (r"5 \text{ million}", "5", False), (r"2\mathrm{i}", "2", False),
+    ],
+    "spaces and commands": [
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", True), ("2n", "$2 n$", True), (r"2\,n", "2n", True),
+        (r"\displaystyle\frac{1}{2}", "1/2", True), ("4 5", "45", False), (r"\pi r", r"\pi  r", True), (r"\( 5 \)", "5", True),
+    ],
+    "names": [
+        ("x=5", "5", True), ("5", "x=5", True), ("x=5", "y=5", False), (r"V_{max} = 12.8", "12.8", True), ("2x", "f(x)=2x", True),
+        (r"x \in [-2,7]", "[-2,7]", True), ("(x,y)=(1,2)", "(1,2)", True), ("x=1, x=2", "1,2", True), ("2x=5", "5", False),
+        ("x=6", "5", False), ("x=", "5", False), ("y=-2x", "-2y=x", False),
+    ],
+    "tuples, intervals, sets, lists": [
+        ("(1, 2.0)", "(1,2)", True), (r"(0.5,2)", r"(\frac12, 2)", True), ("(1,2)", "[1,2]", False), ("1,2", "(1,2)", False),
+        ("(2,1)", "(1,2)", False), ("2,1", "1,2", False), ("1,2,3", "1,2", False), ("[0,1)", "[0,1]", False),
+        (r"1 \text{ and } 2", "1,2", True), (r"\{1,2\}", "1,2", True), ("$(1,2)$, $(3,4)$", "(1,2),(3,4)", True),
+        (r"(-\infty, 2) \cup (3, \infty)", r"(-\infty,2)\cup(3,\infty)", True), (r"(-\infty,2)", r"(-\infty,3)", False),
+        (r"(2,12)\cup(12,102)", r"(2,12)", False), ("1,2,", "1,2", False),
+    ],
+    "matrices": [
+        (r"\begin{bmatrix} 1/2 \\ 3 \end{bmatrix}", r"\begin{pmatrix} \frac12 \\ 3 \end{pmatrix}", True),
+        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}", False),
+        (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", False),
+    ],
+    "plus-minus": [
+        (r"1\pm\sqrt{19}", r"1 \pm \sqrt{19}", True), (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}", True),
+        (r"1+\sqrt{19}", r"1 \pm \sqrt{19}", False), (r"\{1\pm\sqrt5,-2\}", r"1\pm\sqrt{5},-2", True), (r"\pm 2", "2", False),
+    ],
+    "scientific notation": [
+        (r"1.5 \times 10^{-3}", "1.5e-3", True), (r"4.5 \cdot 10^{33}", "4.5e33", True), ("0.0015", "1.5e-3", True),
+        (r"10^{-8}", "1e-8", True), (r"4.5 \times 10^{33} \text{ erg/s}", "4.5e33", True), (r"4.5 \times 10^{32}", "4.5e33", False),
+    ],
+    "words, choices, bases": [
+        ("evelyn", r"\text{Evelyn}", True), ("C", r"\text{(C)}", True), (r"\textbf{(C)}", "C", True), ("(B)", r"\text{(C)}", False),
+        ("seat", r"\text{east}", False), ("seat", "east", False), ("52_{8}", "52_8", True), ("52", "52_8", False), ("52_9", "52_8", False),
+        (r"\lfloor n/2 \rfloor", r"\left\lfloor n/2 \right\rfloor", True), (r"\lfloor n/3 \rfloor", r"\lfloor n/2 \rfloor", False),
+        (r"m\dot{v}+bv=f", r"m \dot v+b v=f", True), (r"k \ge 2", r"k \geqslant 2", True),
+    ],
+    "expressions by value": [
+        (r"\sqrt2", r"\sqrt{2}", True), (r"5\sqrt{3}/3", r"\frac{5\sqrt{3}}{3}", True), (r"\frac{1}{\sqrt3}", r"\frac{\sqrt{3}}{3}", True),
+        (r"\sqrt{117}", r"3\sqrt{13}", True), (r"\frac16\pi", r"\frac{\pi}{6}", True), ("1.41421356237", r"\sqrt{2}", False),
+        ("3.14159265358979", r"\pi", False), (r"\frac{22}{7}", r"\pi", False), (r"\frac{9a+11}{20}", r"\frac{11+9a}{20}", True),
+        ("x1", "x", False), ("2(3r^2-2r-12)", "6r^2-4r-24", True), (r"\cosh(at)", r"\frac{1}{2}(e^{at}+e^{-at})", True),
+        (r"3\sqrt{2}i+1", r"1+3i\sqrt2", True), (r"2\cdot 2^{1008}", "2^{1009}", True), ("2^{1010}", "2^{1009}", False),
+        (r"I(0) e^{-\frac{t}{RC}}", r"I(0) e^{-\frac{t}{R C}}", True), (r"-I(0) e^{-\frac{t}{RC}}", r"I(0) e^{-\frac{t}{R C}}", False),
+        ("0", r"I(0) e^{-\frac{t}{R C}}", False), ("5x-7y+11z=4", "5x - 7y + 11z + 4 = 0", False),
+        (r"2\frac{1}{2}x", "x", False), (r"\frac{(2k)!}{2}", r"\frac{(2k)!}{2}", True), 
+        (r"2\pi\cdot 10^{-27}", r"3\pi\cdot 10^{-27}", False), (r"\pi\cdot 10^{-27}", "0", False),
+    ],
+}
+CHECKER_TABLE = [pytest.param(*row, id=f"{rule}: {row[0]} ~ {row[1]}") for rule, rows in CHECKER_RULES.items() for row in rows]
+
+HOSTILE = [  # none of these is the answer 4
+    "9^{9^{9^{9}}}", "9^9^9^9", "1e999999", "1e999", "10^{999999999}", "{" * 400 + "}" * 400, "(" * 300 + "4" + ")" * 300,
+    "3^{9999}" * 90, "(2/3)^{999}" * 60, r"\sqrt" * 190 + "4", "-" * 500 + "5", "200!!", "(((3!)!)!)!", "A, B, C, D", r"4\text{ or 5}",
+    r"4 \text{ and } 5", "3, 4, 5", "4, 5", "4 or 5", "4;5", "4,", "4 5", "4=5", "[4]", r"4\pm 0.1", r"4\text{ to }5", r"\neq 4", r"\approx 4",
+    "> 4", "4...", "4/", "4^", "4e", "NaN", "nan", "inf", r"\infty", r"-\infty", "\uff14", "\u0664", "4\u00b2", "0_4", "4_0", "1_2", "0x4",
+    "print(4)", "__import__('os')", "4 if 1 else 5", "4//1", "4.0000000000000000001", "3.9999999999999999999", "1/0", r"\frac{4}{0}",
+    r"\ln 0", "0^{-1}", r"\text{not }4", r"4 \text{ million}", r"4 \text{ (or 5)}", r"4\mathrm{i}", "4x", "4_{10}", r"4\cup 5", "4\\\\5", "4&5", "400", "0.04",
+    "1" * 100_000, r"\frac{" * 20_000 + "}" * 20_000, "{" * 100_000 + "}" * 100_000, r"\text{a}" * 20_000, "4," * 50_000, " " * 100_000, "(" * 100_000,
+]
+
+
+@pytest.mark.parametrize("box, gold, expected", CHECKER_TABLE)
+def test_checker(box, gold, expected):
+    assert rl.is_correct(rf"Thus the answer is $\boxed{{{box}}}$.", gold) is expected
+
+
+@pytest.mark.parametrize("box", HOSTILE, ids=lambda box: box[:30].encode("unicode_escape").decode())
+def test_hostile_answer_is_wrong_and_quick(box):
+    start = time.perf_counter()
+    assert rl.is_correct(rf"\boxed{{{box}}}", "4") is False
+    assert time.perf_counter() - start < 0.5                                # it takes a few ms; a quadratic scan, seconds
+
+
+@pytest.mark.parametrize("answer", [
+    "12.8", "24", r"\frac{4}{3}", r"-\frac{2023}{2024}", "58,500", "2516_8", r"\{1\pm\sqrt{5},-2\}", r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}",
+    r"x \in [-2,7]", r"$(-\infty, 0) \cup\{1\}$.", r"864 \mbox{ inches}^2", r"5x - 7y + 11z + 4 = 0", r"\text{(C)}", "4.5e33", r"np.arcsin(10/13)", r"$8 \%$",
+    r"\omega_{n}^{2} e^{-\zeta \omega_{n} t} \cos \left(\omega_{n} \sqrt{1-\zeta^{2}} t\right)", r"$\frac{d !}{2 k(d-k) !}$", r"\div", r"$221,$8$"])
+def test_evaluation_answer_equals_itself(answer):
+    assert rl.is_correct(rf"\boxed{{{answer}}}", answer)
+    assert rl.is_correct(rf"\boxed{{ {answer} }}", rf"\boxed{{{answer}}}")
+
+
+@pytest.mark.parametrize("text, content", [
+    (r"\boxed{5}", "5"), (r"first \boxed{5}, then \boxed{6}", "6"), (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("no box", None), ("", None),
+    (r"\boxed 5", None), (r"\fbox{5}", None), (r"\boxed{5", None), (r"\boxed{5} and \boxed{6", "5"), (r"\boxed{5} and \boxed 6", "5"), (r"\boxed{}", ""),
+    (r"\boxed{\boxed{12.8}}", "12.8"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{5}}}", "5"), (r"\boxed{a\boxed{b", None), (r"\boxed{1 \boxed{2}", "2")])
+def test_extract_boxed(text, content):
+    assert rl.extract_boxed(text) == content
+
+
+@pytest.mark.parametrize("piece", ["{", "}", "\\", r"\boxed{", r"\boxed{4}", r"\boxed", "{}", r"\{"])
+def test_extract_boxed_is_linear(piece):
+    start = time.perf_counter()
+    rl.extract_boxed(r"\boxed{" + piece * (20_000 if "boxed" in piece else 100_000))
+    assert time.perf_counter() - start < 1  # a quadratic scan takes minutes
+
+
+def test_odd_arguments_are_wrong_but_do_not_raise():
+    assert not any(rl.is_correct(*pair) for pair in [(None, "4"), ("", "4"), (r"\boxed{4}", None), (r"\boxed{4}", ""), (r"\boxed{4}", "  "),
+                                                  (r"\boxed{}", ""), (r"\boxed{ }", "4"), (b"4", 4), (4, 4), ([], {}), (r"\boxed{4}", r"\boxed{}")])
+    assert rl.is_correct(r"\boxed{4}", 4) and rl.is_correct(r"\boxed{4}", 4.0) and not rl.is_correct(r"\boxed{nan}", float("inf"))
+
+
+def test_never_raises_on_random_latex():
+    rng = random.Random(0)
+    pieces = (r"\frac { } ( ) [ ] \sqrt ^ _ 1 2 4 . , e i x \pi \text{ \text{cm} \, \left \right = \pm \cup \\ & \begin{pmatrix} \end{pmatrix} % \% $ "
+              r"\$ ! \sin \log _{ ^{ - + / * \{ \} or and cm \circ \boxed{ \in 9999 e99 I(0)").split() + [" ", "\n", "\\", "\x00", "\ud800", "\u00e9", "\uff14"]
+    for _ in range(3000):
+        box = "".join(rng.choices(pieces, k=rng.randint(1, 30)))
+        assert isinstance(rl.is_correct(rf"\boxed{{{box}}}", rng.choice(["4", "x^2+1", "(1,2)", box])), bool)
+
+
+def test_reward_kinds():
+    right, wrong, none = "so \\boxed{24}.", "so \\boxed{25}.", "so 24."
+    assert [rl.reward_of(text, "24") for text in (right, wrong, none)] == [1, 0, 0]
+    assert [rl.reward_of(text, "24", "format") for text in (right, wrong, none, "\\boxed{ }")] == [1, 1, 0, 0]
+    assert [rl.reward_of(text, "24", "none") for text in (right, wrong, none)] == [0, 0, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Advantages
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("right, of_right, of_wrong", [(1, 2.475, -0.354), (2, 1.620, -0.540), (3, 1.208, -0.725), (4, 0.935, -0.935),
+                                                       (5, 0.725, -1.208), (6, 0.540, -1.620), (7, 0.354, -2.475)])
+def test_advantages_of_the_released_code(right, of_right, of_wrong):
+    advantages = rl.group_advantages(torch.tensor(right * [1.0] + (8 - right) * [0.0]), 8)
+    assert advantages.tolist() == pytest.approx(right * [of_right] + (8 - right) * [of_wrong], abs=6e-4)
+
+
+def test_advantages_by_group():
+    rewards = torch.rand(24, generator=torch.Generator().manual_seed(0)).round(decimals=2)
+    rewards[8:16] = 0.1                                     # equal, but their mean rounds to 0.10000000149
+    advantages = rl.group_advantages(rewards, 8)
+    slow = []
+    for g in range(0, 24, 8):
+        group = rewards[g:g + 8].tolist()
+        mean = sum(group) / 8
+        std = math.sqrt(sum((r - mean)**2 for r in group) / 7)
+        slow += [0.0 if len(set(group)) == 1 else (r - mean) / (std + 1e-6) for r in group]
+    assert advantages.tolist() == pytest.approx(slow, abs=1e-5) and (advantages[8:16] == 0).all()
+    assert not torch.allclose(advantages, rl.group_advantages(rewards, 24))             # groups of 8 are not one of 24
+    unscaled = rl.group_advantages(rewards, 24, scale=False)
+    assert torch.allclose(unscaled, rewards - rewards.mean(), atol=1e-6)
+    for size in (1, 7):
+        with pytest.raises(ValueError):
+            rl.group_advantages(rewards, size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Loss
+# ----------------------------------------------------------------------------------------------------------------------
+
+def loss_inputs(B=5, T=7, seed=0, spread=0.5):
+    g = torch.Generator().manual_seed(seed)
+    logprobs, old, ref, entropy = (-torch.rand(B, T, generator=g, dtype=torch.float64) * 2 for _ in range(4))
+    old = logprobs + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
+    lengths = torch.tensor([7, 3, 1, 5, 2])[:B]
+    mask = torch.arange(T) < lengths[:, None]
+    advantages = torch.tensor([1.3, -0.7, 0.0, -2.0, 0.4], dtype=torch.float64)[:B]
+    return logprobs.requires_grad_(), old, ref, (-entropy).requires_grad_(), advantages, mask
+
+
+def slow_loss(logprobs, old, ref, entropy, advantages, mask, config):
+    """The equations of the paper, token by token."""
+    sequences = []
+    for b in range(len(advantages)):
+        tokens = []
+        for t in range(int(mask[b].sum())):
+            ratio, A = torch.exp(logprobs[b, t] - old[b, t]), advantages[b]
+            clipped = torch.clamp(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
+            pg = torch.maximum(-ratio * A, -clipped * A)
+            d = ref[b, t] - logprobs[b, t]
+            kl = {"k1": -d, "k2": d**2 / 2, "k3": torch.exp(d) - 1 - d}[config.kl_estimator]
+            tokens.append(config.pg_coef * pg + config.kl_coef * kl - config.entropy_coef * entropy[b, t])
+        sequences.append(tokens)
+    if config.loss_agg == "token":
+        flat = [x for tokens in sequences for x in tokens]
+        return sum(flat) / len(flat)
+    return sum(sum(tokens) / len(tokens) for tokens in sequences) / len(sequences)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pg_coef": 0.0}, {"kl_coef": 0.7, "kl_estimator": "k1"}, {"kl_coef": 0.7, "kl_estimator": "k2"},
+                                      {"kl_coef": 0.7, "entropy_coef": 0.3}, {"clip_eps": 0.05}, {"loss_agg": "sequence"}])
+def test_loss_equals_the_slow_loop_with_gradients(settings):
+    config = rl.Config(**{"prompts_per_step": 1, "group_size": 5, **settings})
+    inputs = loss_inputs()
+    expected = slow_loss(*inputs, config)
+    loss, stats = rl.grpo_loss(*inputs, int(inputs[5].sum()), config)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9) and stats["loss"] == loss.item()
+    for mine, theirs in zip(torch.autograd.grad(loss, [inputs[0], inputs[3]], allow_unused=True),
+                            torch.autograd.grad(expected, [inputs[0], inputs[3]], allow_unused=True)):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("advantage, ratio, gradient", [(1, 1.5, 0), (1, 0.5, -0.5), (1, 1.1, -1.1),
+                                                        (-1, 1.5, 1.5), (-1, 0.5, 0), (-1, 0.9, 0.9)])
+def test_clipping_on_both_sides(advantage, ratio, gradient):
+    """A < 0 keeps the larger loss: taking the maximum of the objective there clips what PPO keeps, and the reverse."""
+    logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    zero, config = torch.zeros(1, 1), rl.Config(kl_coef=0.0, entropy_coef=0.0)
+    loss, stats = rl.grpo_loss(logprobs, zero, zero, zero, torch.tensor([float(advantage)]), torch.ones(1, 1), 1, config)
+    loss.backward()
+    assert logprobs.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert stats["clip_frac"] == (gradient == 0) and stats["ratio"] == pytest.approx(ratio)
+
+
+def test_first_update_is_reinforce():
+    """With old log-probs = the log-probs, ratio is 1 and the loss about 0, but the gradient is that of -A * log p."""
+    logprobs, _, _, entropy, advantages, mask = loss_inputs()
+    loss, stats = rl.grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), entropy, advantages, mask, 18,
+                               rl.Config(kl_coef=0.0, entropy_coef=0.0))
+    loss.backward()
+    assert stats["ratio"] == pytest.approx(1) and stats["clip_frac"] == 0
+    assert torch.allclose(logprobs.grad, -advantages[:, None] * mask / 18)
+
+
+def test_padding_never_reaches_loss_stats_or_gradient():
+    inputs = list(loss_inputs())
+    loss, stats = rl.grpo_loss(*inputs, 18, rl.Config())
+    outside = ~inputs[5]
+    for i in (1, 2):
+        inputs[i] = inputs[i].masked_fill(outside, 3.0)
+    again, stats_again = rl.grpo_loss(*inputs, 18, rl.Config())
+    assert loss.item() == again.item() and stats == stats_again
+    again.backward()
+    assert (inputs[0].grad[outside] == 0).all() and (inputs[0].grad[inputs[5]] != 0).any()
+
+
+def test_kl_values_and_the_cut():
+    logp, ref = torch.tensor([-1.0, -2.0, -1.0]), torch.tensor([-1.5, -1.0, -1.0])
+    assert rl.kl_estimate(logp, ref, "k1").tolist() == pytest.approx([0.5, -1.0, 0.0])
+    assert rl.kl_estimate(logp, ref, "k2").tolist() == pytest.approx([0.125, 0.5, 0.0])
+    assert rl.kl_estimate(logp, ref).tolist() == pytest.approx([math.exp(-.5) - .5, math.e - 2, 0.0])
+    far = torch.tensor([-200.0, -12.0, 0.0], requires_grad=True)
+    kl = rl.kl_estimate(far, torch.tensor([0.0, 0.0, -200.0]))
+    kl.sum().backward()
+    assert kl.tolist() == [10, 10, 10] and torch.isfinite(far.grad).all()
+
+
+def test_gradients_of_the_kl_estimators():
+    """In expectation over the policy's own samples: k1 gives nothing, k2 the reverse KL, k3 the forward KL."""
+    g = torch.Generator().manual_seed(0)
+    logits, ref = (torch.randn(6, generator=g, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    p, q = logits.log_softmax(-1), ref.log_softmax(-1)
+
+    def gradient(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+    expected = {"k1": torch.zeros(6, dtype=torch.float64), "k2": gradient((p.exp() * (p - q)).sum()), "k3": gradient((q.exp() * (q - p)).sum())}
+    for kind, theirs in expected.items():
+        assert torch.allclose(gradient((p.detach().exp() * rl.kl_estimate(p, q, kind)).sum()), theirs, atol=1e-12)
+
+
+RESPONSES = [[5, 6, 7, 8], [9], [10, 11, 12, 3], [13, 14, 15, 16, 17, 18, 3], [3, 3], [20, 21], [22]]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_logprobs_equal_plain_log_softmax(model, chunk):
+    """Temperature, the shift by one, chunks, padding: all against one row at a time, with gradients."""
+    logprobs, entropy, mask = rl.token_logprobs(model, PROMPTS, RESPONSES, 0.6, chunk)
+    assert mask.sum(1).tolist() == [len(r) for r in RESPONSES]
+    slow = []
+    for b, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        logp = (model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / 0.6).log_softmax(-1)
+        slow.append((logp[range(len(response)), response], -(logp.exp() * logp).sum(-1)))
+        n = len(response)
+        assert torch.allclose(logprobs[b, :n], slow[b][0], atol=1e-5) and torch.allclose(entropy[b, :n], slow[b][1], atol=1e-5)
+        assert (logprobs[b, n:] == 0).all() and (entropy[b, n:] == 0).all()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    mine = torch.autograd.grad((logprobs + entropy).sum(), weight)[0]
+    theirs = torch.autograd.grad(sum((a + b).sum() for a, b in slow), weight)[0]
+    assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_stop_token_is_scored_also_where_it_is_the_padding(model):
+    """EOS == PAD == 0: a mask by token id would take stopping out of the loss (simple_GRPO, tiny-grpo, nanoGRPO)."""
+    logprobs, _, mask = rl.token_logprobs(model, [[1, 2], [1, 2]], [[5, 0], [5, 6, 7, 0]], 1.0)
+    assert mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert logprobs[0, 1] != 0 and (logprobs[0, 2:] == 0).all()
+
+
+def test_sampled_tokens_are_scored_as_they_were_sampled(model):
+    """The sampler's own probabilities, recovered from its logits, are the trainer's: then the ratio starts at 1."""
+    seen, real = [], rl.sample_tokens
+    responses = None
+
+    def recording(logits, temperature, noise):
+        token = real(logits, temperature, noise)
+        seen.append((logits / temperature).log_softmax(-1)[range(len(token)), token])
+        return token
+    rl.sample_tokens, old = recording, rl.sample_tokens
+    try:
+        responses = rl.generate(model, PROMPTS[:2], max_response_tokens=9, temperature=0.6, stop_ids=[],
+                                generator=torch.Generator().manual_seed(1))
+    finally:
+        rl.sample_tokens = old
+    logprobs = rl.token_logprobs(model, PROMPTS[:2], responses, 0.6)[0]
+    assert torch.allclose(torch.stack(seen, 1), logprobs, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Update
+# ----------------------------------------------------------------------------------------------------------------------
+
+def gradient_of_update(policy, config, monkeypatch, ref_policy=None, old=None):
+    policy = copy.deepcopy(policy)
+    if config.activation_checkpointing:
+        rl.checkpoint_layers(policy)
+    monkeypatch.setattr(rl, "optimizer_step", lambda *_: None)
+    advantages = torch.tensor([1.0, -0.5, 0.3, -1.0, 0.0, 2.0, -2.0])
+    stats = rl.update(policy, ref_policy, None, PROMPTS, RESPONSES, advantages, old, config)
+    return torch.cat([p.grad.flatten() for p in policy.parameters()]), stats
+
+
+@pytest.mark.parametrize("loss_agg", ["token", "sequence"])
+def test_packing_never_changes_the_gradient(model, monkeypatch, loss_agg):
+    """num_tokens is fixed before the loop: per-micro-batch means (verl, nanochat, nano-aha) fail here."""
+    settings = dict(grad_clip=1e9, loss_agg=loss_agg, kl_coef=0.3, entropy_coef=0.2, prompts_per_step=1, group_size=7)
+    ref_policy = random_model(seed=1)
+    whole, stats = gradient_of_update(model, rl.Config(token_budget=10**6, **settings), monkeypatch, ref_policy)
+    assert stats["kl"] > 0.01
+    for change in ({"token_budget": 1}, {"token_budget": 20}, {"token_budget": 31}, {"activation_checkpointing": True}):
+        split, split_stats = gradient_of_update(model, rl.Config(**settings, **change), monkeypatch, ref_policy)
+        assert torch.allclose(whole, split, rtol=1e-4, atol=1e-5)
+        assert split_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
+
+
+def test_micro_batches_keep_the_budget_and_every_row():
+    rng = random.Random(0)
+    for _ in range(50):
+        prompts, responses = ([[0] * rng.randint(1, 9) for _ in range(20)] for _ in range(2))
+        length = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        budget = rng.randint(1, 60)
+        batches = rl.micro_batches(prompts, responses, budget)
+        assert sorted(sum(batches, [])) == list(range(20))
+        assert all(len(rows) == 1 or len(rows) * max(length[i] for i in rows) <= budget for rows in batches)
+
+
+def test_several_updates_a_batch_move_the_ratio(model):
+    """With two updates a batch the second one's ratio is against the policy that sampled, not against itself."""
+    policy = copy.deepcopy(model)
+    config = rl.Config(updates_per_batch=2, learning_rate=1e-2, kl_coef=0.0, prompts_per_step=2, group_size=3)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    prompts, responses = PROMPTS[:6], RESPONSES[:6]
+    seen, real = [], rl.update
+    try:
+        rl.update = lambda *args: seen.append((args[6], real(*args)))or seen[-1][1]
+        stats = rl.train_on(policy, None, optimizer, prompts, responses, torch.tensor([1.0, -1, 0, 1, -1, 0]), config)
+    finally:
+        rl.update = real
+    before = rl.token_logprobs(model, prompts, responses, 0.6)
+    for i, old in enumerate(seen[0][0] + seen[1][0]):
+        assert torch.allclose(old, before[0][i][before[2][i]], atol=1e-5)
+    assert seen[0][1]["ratio"] == pytest.approx(1, abs=1e-5) and abs(seen[1][1]["ratio"] - 1) > 1e-3
+    assert stats["ratio"] == pytest.approx((seen[0][1]["ratio"] + seen[1][1]["ratio"]) / 2)
+
+
+def test_a_nan_loss_stops_before_the_weights_change(model):
+    policy = copy.deepcopy(model)
+    before = copy.deepcopy(policy.state_dict())
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
+    with pytest.raises(SystemExit, match="nan"):
+        rl.update(policy, None, optimizer, PROMPTS, RESPONSES, torch.full((7,), math.nan), None, rl.Config(kl_coef=0.0))
+    assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
+
+
+def test_bf16_copy_keeps_the_rotary_frequencies(model):
+    """model.to(bfloat16) would cast that buffer too, and far positions with it."""
+    twin = rl.bf16_copy(model)
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(twin.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert not any(p.requires_grad for p in twin.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. and 8. The run: settings, files, resume, interrupts
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_config_is_the_papers_run():
+    c = rl.Config()
+    assert (c.model, c.example, c.prompts_per_step, c.group_size, c.temperature) == ("Qwen/Qwen2.5-Math-1.5B", ["pi1"], 128, 8, 0.6)
+    assert (c.max_prompt_tokens, c.max_response_tokens, c.steps, c.save_every) == (1024, 3072, 2000, 20)
+    assert (c.learning_rate, c.weight_decay, c.grad_clip, c.clip_eps, c.updates_per_batch) == (1e-6, 0.01, 1.0, 0.2, 1)
+    assert (c.pg_coef, c.kl_coef, c.kl_estimator, c.entropy_coef, c.loss_agg) == (1.0, 0.001, "k3", 0.001, "token")
+
+
+def test_flags_win_over_the_preset_and_underscores_are_accepted():
+    config = rl.parse_args(["--preset", "tiny", "--learning_rate", "3e-4", "--group_size=4", "--no-scale_rewards", "--example", "pi1", "pi13"])
+    assert config.learning_rate == 3e-4 and config.group_size == 4 and not config.scale_rewards
+    assert config.example == ["pi1", "pi13"] and config.model == rl.TINY_BASE and config.kl_coef == rl.Config().kl_coef
+    assert rl.parse_args([]).output_dir == "runs/pi1-Qwen2.5-Math-1.5B"
+    for preset in rl.PRESETS.values():
+        assert set(preset) <= {f.name for f in rl.fields(rl.Config)}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--group-size", "1"], "--group-size 1"), (["--temperature", "0"], "--temperature 0"), (["--temperature", "nan"], "--temperature nan"),
+    (["--steps", "many"], "--steps"), (["--updates-per-batch", "3"], "--updates-per-batch 3"), (["--example", "pi99"], "pi99"),
+    (["--reward", "maybe"], "--reward"), (["--learning-rate", "-1"], "--learning-rate -1"), (["--eval-every", "5"], "--eval"),
+    (["--example", "pi1", "pi2", "--answer", "4"], "--answer 4"), (["--lerning-rate", "1"], "--lerning-rate"),
+    (["--model", "no/such/folder"], "no/such/folder"), (["--resume"], "--resume"), (["--max-prompt-tokens", "3"], "--max-prompt-tokens 3")])
+def test_bad_input_gets_one_sentence_and_exit_code_2(flags, words, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        rl.main(["--model", str(folder), "--output-dir", str(tmp_path / "run"), *flags])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_leaves_its_files_and_is_never_overwritten(folder, tmp_path, capsys, easy_reward):
+    rl.main(run_flags(folder, tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "How many positive divisors" in out and "<|im_end|>" in out and "step 4/4" in out
+    rows, samples = read_jsonl(tmp_path / "run" / "metrics.jsonl"), read_jsonl(tmp_path / "run" / "samples.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {"reward", "accuracy", "dead_groups", "entropy", "kl", "loss", "clip_frac", "ratio", "grad_norm", "response_length",
+            "truncated_frac", "examples", "tokens_per_second"} <= set(rows[0])
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[3]["kl"] > 1e-4                 # the policy leaves the reference
+    assert {s["step"] for s in samples} == {1, 2, 3, 4} and {"text", "reward", "advantage"} <= set(samples[0])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["learning_rate"] == 1e-2 and config["stop_ids"] and "divisors" in config["prompt"] and config["versions"]["torch"]
+    assert not same_weights(folder, tmp_path / "run" / "step-000004")
+    AutoTokenizer.from_pretrained(tmp_path / "run" / "step-000002")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        rl.main(run_flags(folder, tmp_path / "run"))
+    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def comparable(run):
+    timing = {"tokens_per_second", "sample_seconds", "update_seconds", "memory_gb", "eta_seconds"}
+    return [{k: v for k, v in row.items() if k not in timing} for row in read_jsonl(run / "metrics.jsonl")], read_jsonl(run / "samples.jsonl")
+
+
+@pytest.mark.parametrize("more", [[], ["--precision", "bf16", "--offload-optimizer", "--updates-per-batch", "2"]])
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, monkeypatch, more, easy_reward):
+    """Killed after any file operation of steps 1 to 4, and resumed: same weights, same log (nano-aha replays a batch)."""
+    rl.main(run_flags(folder, tmp_path / "whole", *more))
+    for number, (module, name, calls) in enumerate([(os, "replace", 6), (rl, "append_rows", 4), (rl, "generate", 3), (rl, "save_checkpoint", 1)]):
+        run, real, count = tmp_path / f"cut{number}", getattr(module, name), itertools.count()
+
+        def killed(*args, **kwargs):
+            if next(count) == calls:
+                raise RuntimeError("killed")
+            return real(*args, **kwargs)
+        monkeypatch.setattr(module, name, killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            rl.main(run_flags(folder, run, *more))
+        monkeypatch.setattr(module, name, real)
+        if (run / "metrics.jsonl").exists():
+            (run / "metrics.jsonl").open("a").write('{"step": 3, "rew')                           # cut short while writing
+        rl.main(["--output-dir", str(run), "--resume"])
+        assert comparable(run) == comparable(tmp_path / "whole")
+        assert same_weights(run / "step-000004", tmp_path / "whole" / "step-000004")
+
+
+def test_more_steps_after_the_end(folder, tmp_path, easy_reward):
+    rl.main(run_flags(folder, tmp_path / "whole"))
+    rl.main(run_flags(folder, tmp_path / "run", "--steps", 2))
+    rl.main(["--output-dir", str(tmp_path / "run"), "--resume", "--steps", "4"])
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+
+
+def test_offloaded_optimizer_makes_the_same_update(folder, tmp_path, easy_reward):
+    for name, more in [("here", []), ("there", ["--offload-optimizer"])]:
+        rl.main(run_flags(folder, tmp_path / name, *more))
+    assert read_jsonl(tmp_path / "here" / "metrics.jsonl")[0]["dead_groups"] < 1                  # or nothing was learned
+    assert same_weights(tmp_path / "here" / "step-000004", tmp_path / "there" / "step-000004")
+
+
+def test_the_commands_as_a_user_types_them(folder, tmp_path):
+    """Train, Ctrl-C in the middle, --resume, evaluate: in processes of their own."""
+    def start(*command):
+        return subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    run = tmp_path / "run"
+    process = start("one_shot_rlvr.py", *run_flags(folder, run, "--steps", 100000))
+    while not (run / "metrics.jsonl").exists() or len(read_jsonl(run / "metrics.jsonl")) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--output-dir {run} --resume" in out and "Traceback" not in err, err
+    done = torch.load(run / "latest" / "state.pt", weights_only=True)["step"]
+    assert done == read_jsonl(run / "metrics.jsonl")[-1]["step"] >= 3
+    process = start("one_shot_rlvr.py", "--output-dir", str(run), "--resume", "--steps", str(done + 2))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, done + 3))
+    (tmp_path / "my.jsonl").write_text('{"problem": "What is 2 + 2?", "answer": "4"}\n{"problem": "What is 3 + 4?", "answer": 7}\n')
+    process = start("evaluate.py", "--model", str(run / f"step-{done + 2:06d}"), "--benchmarks", str(tmp_path / "my.jsonl"), "--limit", "1",
+                    "--max-response-tokens", "8", "--output", str(tmp_path / "eval.json"))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "average" in out, err
+    assert len(read_jsonl(tmp_path / "eval.jsonl")) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tiny world
+# ----------------------------------------------------------------------------------------------------------------------
+
+def decimal(name, digits):
+    """A task that a model learns by heart in seconds: the decimals of a number."""
+    def task(rng):
+        n = rng.randint(1, len(digits))
+        return f"What is decimal {n} of {name}?", f"decimal {n} of {name} is {digits[n - 1]}.", int(digits[n - 1])
+    return task
+
+
+def accuracy(folder, rows):
+    """Share of right answers to the prompt of evaluation, at temperature 0.6."""
+    model, tokenizer = rl.load_model(str(folder))
+    return evaluate.evaluate(model, tokenizer, {"rows": rows}, k=4, temperature=0.6, max_response_tokens=32)["average"]
+
+
+def test_one_example_raises_a_whole_small_world(tmp_path):
+    """The paper in half a minute: a base model that can and seldom does, one problem, and test accuracy on the others."""
+    tasks = {"pi": decimal("pi", "141592653"), "e": decimal("e", "718281828")}
+    tiny.build_base(tmp_path / "base", steps=200, batch_size=48, tasks=tasks)
+    (tmp_path / "one.jsonl").write_text('{"problem": "What is decimal 4 of pi?", "answer": 5}')
+    rl.main(["--preset", "tiny", "--model", str(tmp_path / "base"), "--example", str(tmp_path / "one.jsonl"), "--steps", "20",
+             "--prompts-per-step", "8", "--max-response-tokens", "32", "--output-dir", str(tmp_path / "run")])
+    rewards = [row["reward"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert np.mean(rewards[:2]) < 0.6 and np.mean(rewards[-3:]) > 0.9
+    rng = random.Random("test")
+    for task in tasks.values():
+        rows = [{"problem": problem, "answer": str(answer)} for problem, _, answer in (task(rng) for _ in range(30))]
+        assert accuracy(tmp_path / "run" / "step-000020", rows) > accuracy(tmp_path / "base", rows) + 0.2
+
+
+def test_tiny_problems_are_right_and_held_out():
+    rng, tests = random.Random(0), tiny.held_out()
+    for name, task in tiny.TASKS.items():
+        for _ in range(200):
+            problem, steps, answer = task(rng)
+            a, b, *c = map(int, re.findall(r"[0-9]+", problem))
+            assert answer == {"tiny_add": a + b, "tiny_sub": a - b, "tiny_mul": a * b, "tiny_max": max([a, b, *c]), "tiny_mod": a % b,
+                              "tiny_eqn": b - a}[name]
+            for left, right in re.findall(r"([0-9][0-9+*-]*)=([0-9]+)", steps):                     # each step is true
+                assert eval(left) == int(right)
+        assert len({row["problem"] for row in tiny.load_benchmark(name)}) == tiny.TEST_SIZE
+        assert tiny.load_benchmark(name) == tiny.load_benchmark(name)
+    asked = [re.findall("user\\n(.*?[?.])(?: Let's|<)", tiny.document(rng, tests)) for _ in range(20_000)]
+    assert sum(map(len, asked)) > 10_000 and not tests & {problem for problems in asked for problem in problems}
+    assert not tests & {row["problem"] for row in tiny.train_problems(1024)} and len(tiny.train_problems(1024)) == 1024
+    examples = json.loads((HERE / "examples.json").read_text())
+    assert not tests & {row["problem"] for row in examples.values()}
+
+
+def test_tiny_tokenizer_survives_saving_under_the_models_name(tmp_path):
+    """AutoTokenizer rebuilds a Qwen2 folder's tokenizer by Qwen2's own rules: one of another kind would lose its spaces."""
+    tokenizer, text = tiny.make_tokenizer(), "What is 47 + 38? Let's think; \\boxed{85}, \\frac{1}{2} \n  and \u00e9."
+    tokenizer.save_pretrained(tmp_path)
+    Qwen2Config().save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(text).input_ids == tokenizer(text).input_ids and loaded.decode(loaded(text).input_ids) == text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_pass_at_k_equals_brute_force():
+    for n, right, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if right <= n and k <= n:
+            samples = [i < right for i in range(n)]
+            subsets = list(itertools.combinations(samples, k))
+            assert evaluate.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_standard_error_by_hand():
+    assert evaluate.standard_error([0, 1, 1, 0]) == pytest.approx(math.sqrt((4 * 0.25 / 3) / 4))
+    assert math.isnan(evaluate.standard_error([1.0]))
+
+
+def test_rows_of_every_layout():
+    both = evaluate.problem_and_answer
+    assert both({"problem": "p", "answer": 27.0})["answer"] == "27.0"
+    assert both({"problem": "old", "question": "q", "answer": "1", "solution": "\\boxed{2}"}) == {"problem": "q", "answer": "1"}
+    assert both({"problem": "p", "solution": "first \\boxed{1}, so \\boxed{\\frac{1}{2}}."})["answer"] == "\\frac{1}{2}"
+    assert both({"question": "q", "context": "Let x.", "final_answer": ["$3$", "4"]}) == {"problem": "Let x.\nq", "answer": "$3$"}
+    assert both({"problem": "p", "answer": "a", "subject": "Algebra", "level": 3})["subject"] == "Algebra"
+
+
+def test_evaluate_counts_what_it_samples(folder, monkeypatch, tmp_path):
+    model, tokenizer = rl.load_model(str(folder))
+    texts = ["It is \\boxed{4}.", "Let me recheck: \\boxed{5}", "4", "\\boxed{4}"]
+    ids = [tokenizer(t, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for t in texts]
+    ids[2] = ids[2][:-1]                                                                            # cut before its end
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: ids)
+    rows = [{"problem": "2+2?", "answer": "4"}, {"problem": "8/2?", "answer": "4"}]
+    result = evaluate.evaluate(model, tokenizer, {"x.jsonl": rows}, k=2, temperature=0.6, responses_path=tmp_path / "r.jsonl")
+    measures = result["benchmarks"]["x.jsonl"]
+    assert measures == {"n": 2, "k": 2, "temperature": 0.6, "avg_at_k": 0.5, "stderr": 0.0, "pass_at_k": 1.0, "boxed": 0.75,
+                        "truncated": 0.25, "mean_length": np.mean([len(i) for i in ids]), "self_reflection": 0.25}
+    assert result["average"] == 0.5
+    assert [row["extracted"] for row in read_jsonl(tmp_path / "r.jsonl")] == ["4", "5", None, "4"]
+
+
+@pytest.mark.parametrize("flags, words", [(["--benchmarks", "nope"], "nope"), (["--limit", "0"], "--limit 0"), (["--k", "4"], "greedy"),
+                                          (["--benchmarks", "math500", "--data-dir", "no_such_dir"], "math500.jsonl")])
+def test_evaluate_refuses_in_one_sentence(folder, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--model", str(folder), "--benchmarks", "math500", *flags])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and words in error[0]
