@@ -14,19 +14,20 @@ The algorithm is GRPO. One step:
     6. Update       one AdamW step; then again from 1, some 2,000 times
 The numbers come back as the titles of the sections. The appendix compares answers; leave it for last.
 
-Where this differs from the paper's text [P] and from its released code [C]:
-    a. One update a batch, as in [C]; [P] says eight (--updates-per-batch 8). With one, ratio is 1: nothing is clipped.
-    b. The ratio is of single tokens and the mean is over all tokens of the update. [P] writes a mean over sequences
+Where this differs from the paper's text [P] and from its released code [C] (skip this on a first reading):
+    1. One update a batch, as in [C]; [P] says eight (--updates-per-batch 8). With one, ratio is 1: nothing is clipped.
+    2. The ratio is of single tokens and the mean is over all tokens of the update. [P] writes a mean over sequences
        (--loss-agg sequence); [C] takes means of micro-batches, so that there the gradient depends on the packing.
-    c. Every log-probability is of logits / temperature, as in [C]; [P] writes plain logits.
-    d. The learning rate is constant from the first step; in [C] the very first step has rate 0.
-    e. The reward reads the response alone; [C] reads prompt + response, and the prompt holds an empty \boxed{}. Our
-       checker compares numbers as exact fractions (8/6 is 4/3, which [C] refuses) and needs no computer algebra.
-    f. A response ends at any end token of the model, its chat template's included; in [C] at EOS alone.
-    g. k3's exponent is bounded (kl_estimate says why); its value is cut at 10 as in [C]. [P] cuts nothing.
+    3. Every log-probability is of logits / temperature, as in [C]; [P] writes plain logits.
+    4. Old log-probabilities are the trainer's own, as in [C], not the sampler's: on CUDA the sampler is a bf16 copy.
+    5. The learning rate is constant from the first step; in [C] the very first step has rate 0.
+    6. The reward reads the response alone; [C] reads prompt + response, and the prompt holds an empty \boxed{}.
+    7. The checker compares numbers as exact fractions (8/6 is 4/3, which [C] refuses), without computer algebra.
+    8. A response ends at any end token of the model, its chat template's included; in [C] at EOS alone.
+    9. k3's exponent is bounded (kl_estimate says why); its value is cut at 10 as in [C]. [P] cuts nothing.
 
-Shapes: N rollouts a step, G rollouts a group, B rows of a micro-batch, T response tokens, V vocabulary;
-S slots of the sampler, n rows running, t tokens fed at once; L prompt and response, M response tokens, H hidden size.
+Shapes: N rollouts a step, G rollouts a group; B rows of a micro-batch, padded to L tokens, of which up to T of response;
+M response tokens in those rows; n rows and q new tokens in a forward pass of the sampler; V vocabulary, H hidden size.
 """
 import argparse
 import ast
@@ -55,7 +56,7 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,7 +73,7 @@ HERE = Path(__file__).resolve().parent
 # ----------------------------------------------------------------------------------------------------------------------
 
 def setting(default, group, help, choices=None):
-    """A field of Config: its default, its group in --help, one sentence, and the values allowed."""
+    """A field of Config (a factory, because a dataclass takes no list as default) and what --help says of it."""
     return field(default_factory=lambda: default, metadata={"group": group, "help": help, "choices": choices})
 
 
@@ -99,7 +100,7 @@ class Config:
     temperature: float = setting(0.6, "rollouts", "temperature of sampling and of every log-probability [C]")
     slots: int = setting(256, "rollouts", "responses sampled at the same time; bounds the memory of the cache")
 
-    reward: str = setting("answer", "loss", "right answer, any boxed answer [P: C.2.3], or nothing",
+    reward: str = setting("answer", "loss", "what earns 1: the right answer, any boxed one [P: C.2.3], nothing",
                           ["answer", "format", "none"])
     scale_rewards: bool = setting(True, "loss", "divide advantages by the group's standard deviation")
     pg_coef: float = setting(1.0, "loss", "weight of the policy gradient [P: Table 5]")
@@ -115,7 +116,7 @@ class Config:
     learning_rate: float = setting(1e-6, "update", "of AdamW, constant [C]")
     weight_decay: float = setting(0.01, "update", "of AdamW [C]")
     grad_clip: float = setting(1.0, "update", "largest norm of the gradient [C]")
-    token_budget: int = setting(6144, "update", "tokens of a micro-batch, padding included; memory, not the result")
+    token_budget: int = setting(6144, "update", "tokens of a micro-batch; bounds memory, changes no result")
     activation_checkpointing: bool = setting(False, "update", "compute activations again in backward, to save memory")
     offload_optimizer: bool = setting(False, "update", "keep AdamW's 8 bytes a parameter in host memory")
     precision: str = setting("auto", "update", "of matrix products; auto is bf16 on CUDA, fp32 on a CPU",
@@ -141,16 +142,18 @@ def fail(sentence):
 def parse_args(argv=None) -> Config:
     """The command line as a Config: the preset, or with --resume the saved run's settings; flags given win."""
     argv = sys.argv[1:] if argv is None else argv
-    argv = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]     # --group_size
+    # --group_size is as good as --group-size
+    argv = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error, group = fail, None
     for f in fields(Config):
         if group is None or group.title != f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        default = f.default_factory()
-        kind = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}.get(
-            f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        default = " ".join(default) if f.type is list else default
+        default, kind = f.default_factory(), {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        if f.type is list:
+            default, kind = " ".join(default), {"nargs": "+"}
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                            help=f"{f.metadata['help']} (default: {default})")
     given = vars(parser.parse_args(argv))
@@ -169,7 +172,7 @@ def parse_args(argv=None) -> Config:
 
 
 def check(config: Config) -> None:
-    """Refuse settings that would train nothing, or something else than they say."""
+    """Refuse settings under which nothing would be trained, or not what they say."""
     lowest = {"group_size": 2, "eval_every": 0, "seed": 0}              # a group of one has no spread to learn from
     for f in fields(config):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
@@ -177,7 +180,7 @@ def check(config: Config) -> None:
             fail(f"{flag} {value}: use {lowest.get(f.name, 1)} or more")
         if f.name in ("temperature", "learning_rate", "grad_clip", "clip_eps") and not value > 0:
             fail(f"{flag} {value}: use a number above 0")
-        if f.type is float and not math.isfinite(value) and f.name != "grad_clip":
+        if f.type is float and not math.isfinite(value) and f.name != "grad_clip":          # inf: do not clip
             fail(f"{flag} {value}: use a finite number")
     if config.prompts_per_step % config.updates_per_batch:
         fail(f"--updates-per-batch {config.updates_per_batch}: must divide --prompts-per-step {config.prompts_per_step}")
@@ -195,33 +198,43 @@ TRAIN_SUFFIX = " Let's think step by step and output the final answer within \\b
 EVAL_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
-def read_rows(path) -> list:
-    """Rows of a .json or .jsonl file; a broken one is named by its line."""
-    rows, one_a_line = [], str(path).endswith(".jsonl")
+def read_rows(path):
+    """The rows of a .jsonl file, or the content of a .json file; what is broken is named by its line."""
+    rows, by_line = [], str(path).endswith(".jsonl")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error})")
-    for number, line in enumerate(text.split("\n") if one_a_line else [text], 1):
+    for number, line in enumerate(text.split("\n") if by_line else [text], 1):
         try:
-            rows += [json.loads(line)] if line.strip() or not one_a_line else []
+            if line.strip() or not by_line:
+                rows.append(json.loads(line))
         except ValueError as error:
             fail(f"{path}, line {number}: not JSON ({error})")
-    return rows if one_a_line else rows[0]
+    return rows if by_line else rows[0]
 
 
 def load_examples(names, answer="") -> list:
     """Names of examples.json and .json/.jsonl files -> [{"name", "problem", "answer"}]; `answer` replaces the label."""
     named, examples = read_rows(HERE / "examples.json"), []
     for name in names:
-        if not name.endswith((".json", ".jsonl")) and name not in named:
+        if name in named:
+            rows = {name: named[name]}
+        elif name.endswith((".json", ".jsonl")):
+            rows = read_rows(name)
+        else:
             fail(f"--example {name}: no such example; there are {', '.join(named)}, or give a .json/.jsonl file")
-        rows = {name: named[name]} if name in named else read_rows(name)
-        for key, row in rows.items() if isinstance(rows, dict) else enumerate(rows, 1):
+        if not isinstance(rows, dict):
+            rows = dict(enumerate(rows, 1)) if isinstance(rows, list) else {}
+        elif "problem" in rows:
+            rows = {1: rows}                                                    # a file with a single example
+        for key, row in rows.items():
             if not (isinstance(row, dict) and row.get("problem") and "answer" in row):
                 fail(f'--example {name}, row {key}: it needs "problem" and "answer"')
             examples.append({"name": str(row.get("name", key)), "problem": str(row["problem"]),
                              "answer": answer or str(row["answer"])})
+    if not examples:
+        fail(f"--example {' '.join(names)}: no examples in it")
     return examples
 
 
@@ -245,28 +258,31 @@ def encode_prompt(tokenizer, problem, system=None) -> list:
 def find_stop_ids(tokenizer, generation_config) -> list:
     """Every token that ends a response: EOS of tokenizer and generation config, and the end of an assistant's turn.
 
-    The last is read off a rendered turn: model names and config files of base models often leave it out.
+    The last is read off a rendered turn, because the configuration of a base model often names only the end of text.
     """
     stop_ids = set()
     for eos in (tokenizer.eos_token_id, generation_config.eos_token_id):
-        stop_ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        stop_ids.update(eos if isinstance(eos, list) else [eos])
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "ANSWER"}]
         ending = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("ANSWER")[2]
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        # the first special token ends the turn; a later one may open the next
         stop_ids.update([i for i in tokenizer(ending, add_special_tokens=False).input_ids if i in special][:1])
-    return sorted(stop_ids)
+    return sorted(stop_ids - {None})
 
 
 def examples_of_step(step, num_examples, prompts_per_step, seed) -> list:
-    """Index of the example of each group of step 1, 2, ...: one shuffled epoch after the other, without replacement.
+    """Index of the example of each group of step 1, 2, ...: always 0 where there is one example.
 
-    A pure function of the step, so that a resumed run draws the same; fewer examples than groups share them evenly.
+    Several take turns in shuffled epochs, one after the other, without replacement: fewer examples than groups share a
+    step evenly. A pure function of the step, so that a resumed run draws the same.
     """
-    first = (step - 1) * prompts_per_step
-    epochs = {position // num_examples for position in range(first, first + prompts_per_step)}
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(num_examples) for epoch in epochs}
-    return [int(order[p // num_examples][p % num_examples]) for p in range(first, first + prompts_per_step)]
+    def example_at(position):
+        epoch, place = divmod(position, num_examples)
+        return int(np.random.default_rng([seed, epoch]).permutation(num_examples)[place])
+    return [example_at(position) for position in range((step - 1) * prompts_per_step, step * prompts_per_step)]
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,29 +290,29 @@ def examples_of_step(step, num_examples, prompts_per_step, seed) -> list:
 # ----------------------------------------------------------------------------------------------------------------------
 
 class SlotCache:
-    """Keys and values of S rows, each at a position of its own (transformers' caches keep one position for all rows).
+    """Keys and values of the sampler's rows, each row at a position of its own.
 
-    The model's attention layers call update(); everything else is called by generate().
+    transformers' caches keep one position for all rows. A model's attention layers call nothing but update(layer): we
+    hand the model a ready 4-D mask and position ids, so that it asks the cache for nothing else.
     """
 
     def __init__(self, slots, length):
         self.slots, self.length, self.layers = slots, length, []
 
     def write_at(self, rows, positions):
-        """The next forward pass is of the rows `rows` (a slice), whose new tokens stand at `positions` (n, t)."""
-        self.rows, self.positions = rows, positions
-        self.row_index = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]
-        self.longest = int(positions.max()) + 1
+        """The next forward pass is of the slice `rows`, with new tokens at `positions` (n, q)."""
+        self.rows, self.positions, self.filled = rows, positions, int(positions.max()) + 1
+        self.row_index = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]                  # (n, 1)
 
     def update(self, keys, values, layer, *args, **kwargs):
-        """Store keys and values (n, heads, t, head size) of the new tokens; return those of all tokens so far."""
+        """Store keys and values (n, heads, q, head size) of the new tokens; return those of all tokens so far."""
         if layer == len(self.layers):
             # zeros, not empty: a masked NaN still poisons the sum over values, because 0 * NaN is NaN
             shape = self.slots, self.length, keys.shape[1], keys.shape[3]
             self.layers.append((keys.new_zeros(shape), values.new_zeros(shape)))
         for store, new in zip(self.layers[layer], (keys, values)):
             store[self.row_index, self.positions] = new.transpose(1, 2)
-        return tuple(store[self.rows, :self.longest].transpose(1, 2) for store in self.layers[layer])
+        return tuple(store[self.rows, :self.filled].transpose(1, 2) for store in self.layers[layer])
 
     def copy(self, source, target, length):
         """Copy the first `length` positions of one row to another."""
@@ -308,52 +324,48 @@ class SlotCache:
 def sample_tokens(logits, temperature, noise):
     """Draw one token a row from softmax(logits / temperature): logits (n, V), noise (n,) uniform in [0, 1) -> (n,).
 
-    The token is where the cumulative distribution passes the noise; temperature 0 takes the largest logit.
+    The token is the one in which the cumulative distribution passes the noise: unlike torch.multinomial, a draw then
+    does not depend on the rows beside it. Temperature 0 takes the largest logit.
     """
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)                     # (n, V)
-    token = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    return token.clamp(max=logits.shape[1] - 1)
+    noise = noise[:, None] * cumulative[:, -1:]                     # rounding keeps the last from being exactly 1
+    return torch.searchsorted(cumulative, noise, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
 @torch.no_grad()
 def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slots=None, generator=None):
     """Sample one response to each prompt (lists of token ids, in that order; the stop token is included).
 
-    At most `slots` rows are sampled at a time, all of them by default. A row that ends takes the next prompt at once;
-    when none waits, the last row moves into the gap, so that the work follows the tokens that are sampled and nobody
-    waits for the longest response. Equal prompts are prefilled once: a row that takes a prompt it held before needs
-    nothing, and any other row copies it. Each rollout has its own row of noise, drawn before the first token, so
-    `slots` changes the speed and not the responses (but for rounding in the model's matrix products).
+    At most `slots` rows are sampled at a time, all of them by default. When a row ends, the last row moves into the gap
+    and the next prompt takes the place behind it: the work follows the tokens that are sampled, and nobody waits for
+    the longest response. Equal prompts are prefilled once; a place that held the prompt before needs nothing, any other
+    copies it. Each rollout has a row of noise of its own, drawn before the first token, so `slots` changes the speed
+    and not the responses (but for rounding in the model's matrix products).
     """
     if not all(prompts):
         raise ValueError("an empty prompt: there is no token to predict from")
-    model.eval()            # a model in train mode may drop out, or switch its cache off
+    model.eval()            # nothing ever calls train() again: no dropout, neither here nor in the update
     device, stop_ids = model.device, set(stop_ids)
-    shared = {}             # equal prompts become one object, so that `is` tells them apart
-    prompts = [shared.setdefault(tuple(prompt), tuple(prompt)) for prompt in prompts]
-    order = {prompt: i for i, prompt in enumerate(shared)}
-    waiting = deque(sorted(range(len(prompts)), key=lambda i: order[prompts[i]]))      # equal prompts side by side
-    noise = torch.rand(len(prompts), max_response_tokens, dtype=torch.float64, generator=generator,
-                       device=generator.device if generator else "cpu").to(device)
-    sequences = [list(prompt) for prompt in prompts]        # prompt and response so far; its last token is fed next
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))       # equal prompts side by side
+    noise = torch.rand(len(prompts), max_response_tokens, dtype=torch.float64, generator=generator).to(device)
+    sequences = [list(prompt) for prompt in prompts]        # prompt and response so far; the last token is fed next
     slots = min(slots or len(prompts), len(prompts))
     cache = SlotCache(slots, max(map(len, prompts), default=0) + max_response_tokens)
     running = []            # the rollout in each row
     held = {}               # the prompt whose keys and values stand in each row, also after its rollout has ended
 
     def forward(rows, tokens, positions):
-        """Feed tokens (n, t), which stand at positions (n, t), to a slice of rows -> logits after the last, (n, V)."""
+        """Feed tokens (n, q), which stand at positions (n, q), to a slice of rows -> logits after the last, (n, V)."""
         cache.write_at(rows, positions)
-        mask = torch.arange(cache.longest, device=device) <= positions[:, None, :, None]          # (n, 1, t, longest)
+        mask = torch.arange(cache.filled, device=device) <= positions[:, None, :, None]             # (n, 1, q, filled)
         return model(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
                      use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def start(row, rollout):
-        """Let the row begin a rollout: all of the prompt but its last token must stand in the cache."""
-        prompt = prompts[rollout]
-        source = row if held.get(row) is prompt else next((r for r, p in held.items() if p is prompt), None)
+    def start(row, prompt):
+        """Put all of the prompt but its last token, which is fed next, into the row's cache."""
+        source = row if held.get(row) == prompt else next((r for r, p in held.items() if p == prompt), None)
         if source is None and len(prompt) > 1:
             tokens = torch.tensor([prompt[:-1]], device=device)
             forward(slice(row, row + 1), tokens, torch.arange(len(prompt) - 1, device=device)[None])
@@ -365,31 +377,28 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
     while waiting or running:
         while waiting and len(running) < slots:
             running.append(waiting.popleft())
-            start(len(running) - 1, running[-1])
-        tokens = torch.tensor([[sequences[i][-1]] for i in running], device=device)                           # (n, 1)
-        positions = torch.tensor([[len(sequences[i]) - 1] for i in running], device=device)                   # (n, 1)
-        steps = [len(sequences[i]) - len(prompts[i]) for i in running]
-        logits = forward(slice(0, len(running)), tokens, positions)                                           # (n, V)
-        sampled = sample_tokens(logits, temperature, noise[running, steps]).tolist()
+            start(len(running) - 1, prompts[running[-1]])
+        made = [len(sequences[i]) - len(prompts[i]) for i in running]
+        tokens = torch.tensor([[sequences[i][-1]] for i in running], device=device)                             # (n, 1)
+        positions = torch.tensor([[len(sequences[i]) - 1] for i in running], device=device)                     # (n, 1)
+        logits = forward(slice(0, len(running)), tokens, positions)                                             # (n, V)
+        sampled = sample_tokens(logits, temperature, noise[running, made]).tolist()
         ended = []
-        for row, (rollout, token) in enumerate(zip(running, sampled)):
-            sequences[rollout].append(token)
-            if token in stop_ids or steps[row] + 1 == max_response_tokens:
+        for row, token in enumerate(sampled):
+            sequences[running[row]].append(token)
+            if token in stop_ids or made[row] + 1 == max_response_tokens:
                 ended.append(row)
-        for row in reversed(ended):                 # from the last, so that the row moved into a gap is one that lives
-            if waiting:
-                running[row] = waiting.popleft()
-                start(row, running[row])
-            else:
-                last = len(running) - 1
-                if row != last:
-                    cache.copy(last, row, len(sequences[running[last]]) - 1)
-                    running[row], held[row] = running[last], held[last]
-                running.pop()
-        progress.set_postfix_str(f"{sum(steps) // len(steps)} tokens, {len(running)} running", refresh=False)
+        for row in reversed(ended):             # from the last, so that the row moved into a gap is one that goes on
+            last = len(running) - 1
+            if row != last:
+                cache.copy(last, row, len(sequences[running[last]]) - 1)
+                running[row], held[row] = running[last], held[last]
+            running.pop()
+        progress.set_postfix_str(f"{np.mean(made):.0f} tokens, {len(running)} running", refresh=False)
         progress.update(len(ended))
     progress.close()
     return [sequence[len(prompt):] for sequence, prompt in zip(sequences, prompts)]
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,15 +406,14 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
 # ----------------------------------------------------------------------------------------------------------------------
 
 def extract_boxed(text):
-    r"""Content of the last complete \boxed{...} of a text, or None. Linear: braces are counted once, from the end."""
+    r"""Content of the last complete \boxed{...} of a text, or None. Linear: no brace is counted twice."""
     end = len(text)
     for box in reversed(list(re.finditer(r"\\boxed *\{", text))):
         depth, start = 1, box.end()
-        for run in re.finditer(r"\{+|\}+|\\[{}\\]", text[start:end]):               # \{ and \} are printed, not groups
-            if run[0][0] != "\\":
-                depth += len(run[0]) if run[0][0] == "{" else -len(run[0])
-            if depth <= 0:
-                return text[start:start + run.end() + depth - 1]
+        for brace in re.finditer(r"\\[{}\\]|[{}]", text[start:end]):            # \{ and \} are printed, not groups
+            depth += (brace[0] == "{") - (brace[0] == "}")
+            if depth == 0:
+                return text[start:start + brace.start()]
         end = box.start()           # this box never closes, so an earlier one that is open here never closes either
     return None
 
@@ -413,26 +421,15 @@ def extract_boxed(text):
 def is_correct(response, answer) -> bool:
     r"""The judgement behind the reward: is the last complete \boxed{} of the response the answer? Never raises."""
     box, answer = extract_boxed(str(response)), str(answer)
-    gold = extract_boxed(answer) or answer
-    if not (box and box.strip() and gold.strip()):
-        return False
-    if box.strip() == gold.strip():
-        return True
-    if max(len(box), len(gold)) > 800 or re.search(r"[({\[]{6}", box):
-        return False                            # the longest of the benchmarks' 1,547 answers has 210 characters
-    box, gold = box.translate(SYMBOLS), gold.translate(SYMBOLS)
-    for pattern, replacement in NORMALIZATIONS:
-        box, gold = pattern.sub(replacement, box), pattern.sub(replacement, gold)
-    try:
-        return same_answer(box.strip(), gold.strip())
-    except UNREADABLE:
-        return False
+    gold = extract_boxed(answer) or answer                      # some sets write their answers with the box
+    return bool(box and box.strip() and gold.strip()) and equivalent(box.strip(), gold.strip())
 
 
 def reward_of(response, answer, kind="answer") -> float:
-    """The verifiable reward of a response: the answer is right, or (format) there is one at all, or (none) nothing."""
-    return float({"answer": is_correct(response, answer), "format": bool((extract_boxed(response) or "").strip()),
-                  "none": False}[kind])
+    """The reward of a response: 1 if its answer is right, or (format) if it has one, or (none) never."""
+    boxed = bool((extract_boxed(response) or "").strip())
+    return float({"answer": boxed and is_correct(response, answer), "format": boxed, "none": False}[kind])
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -452,7 +449,7 @@ def group_advantages(rewards, group_size, scale=True):
     advantages = groups - groups.mean(1, keepdim=True)
     if scale:
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
-    # rounding in the mean of equal rewards, divided by 1e-6, would pass for a signal
+    # the mean of equal rewards such as 0.1 is rounded, and the rounding, divided by 1e-6, would pass for a signal
     dead = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
     return advantages.masked_fill(dead, 0.0).view(-1)
 
@@ -468,71 +465,92 @@ def token_logprobs(model, prompts, responses, temperature, chunk=1024):
     length, not by token id, because where EOS == PAD an id mask would take the model's stopping out of the loss.
     Logits are made for `chunk` tokens at a time and made again in backward: fp32 logits of 3,072 tokens are 1.9 GB.
     """
-    device = model.device
+    device, head = model.device, model.get_output_embeddings()
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)                                     # (B,)
-    lengths = torch.tensor([len(response) for response in responses], device=device)
+    lengths = torch.tensor([len(response) for response in responses], device=device)                              # (B,)
     ids = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
     ids = pad_sequence(ids, batch_first=True).to(device)                                                        # (B, L)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                                   # (B, T)
-    row, t = mask.nonzero(as_tuple=True)                                                                          # (M,)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                              # (B, L, H)
-    hidden, targets = hidden[row, starts[row] + t - 1], ids[row, starts[row] + t]   # the token before predicts this one
-    head = model.get_output_embeddings()
+    b, t = mask.nonzero(as_tuple=True)                                                                            # (M,)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state     # (B, L, H), not yet (B, L, V) logits
+    hidden, targets = hidden[b, starts[b] + t - 1], ids[b, starts[b] + t]           # (M, H): the token before predicts
 
     def score(hidden, targets):
-        logps = (head(hidden).float() / temperature).log_softmax(-1)                                        # (chunk, V)
-        return logps.gather(1, targets[:, None]).squeeze(1), -(logps.exp() * logps).sum(1)
+        all_logprobs = (head(hidden).float() / temperature).log_softmax(-1)                                 # (chunk, V)
+        return all_logprobs.gather(1, targets[:, None]).squeeze(1), -(all_logprobs.exp() * all_logprobs).sum(1)
 
-    parts = [checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
-    logprobs, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(part))
-                         for part in zip(*parts))
-    return logprobs, entropy, mask
+    chunks = [recompute_in_backward(score, *pair, use_reentrant=False)
+              for pair in zip(hidden.split(chunk), targets.split(chunk))]
+    logprobs, entropy = (torch.cat(values) for values in zip(*chunks))                                            # (M,)
+    zeros = torch.zeros(mask.shape, device=device)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     """Elementwise estimate of KL(policy || reference) from samples of the policy (Schulman, 2020).
 
-    Its gradient is another matter, because in the loss it flows through the estimate alone: k1's expectation is zero
-    (it never looks at the reference), k2's is that of KL(policy || reference), k3's that of KL(reference || policy).
-    k3 is cut at 10, as in the released code; the exponent too, because inf times the cut's zero gradient is NaN.
+    As a term of the loss only the estimate is differentiated, not the sampling. The expected gradient of k1 is then
+    zero (it never looks at the reference), k2's is that of KL(policy || reference), k3's of KL(reference || policy).
+    k3 is cut at 10, as in the released code; its exponent at 20, because the cut's zero gradient times inf is NaN.
     """
     d = ref_logprobs - logprobs
-    return {"k1": lambda: -d, "k2": lambda: d.square() / 2,
-            "k3": lambda: (d.clamp(max=20).exp() - d - 1).clamp(max=10)}[kind]()
+    return {"k1": -d, "k2": d.square() / 2, "k3": (d.clamp(max=20).exp() - d - 1).clamp(max=10)}[kind]
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, num_tokens, config):
-    """The loss of a micro-batch, as its share of the update's loss: (scalar, stats); micro-batches simply add up.
+    """-min(ratio A, clip(ratio) A) + kl_coef KL - entropy_coef entropy, averaged: (scalar, stats). Paper Eq. 3 to 8.
 
-    logprobs, old_logprobs, ref_logprobs, entropy, mask: (B, T); advantages: (B,); num_tokens: the response tokens of
-    the whole update. stats are shares of means over those tokens, so they add up too. Paper Eq. 3 to 8.
+    logprobs, old_logprobs, ref_logprobs, entropy, mask: (B, T); advantages A: (B,); num_tokens: the response tokens of
+    the whole update. Loss and stats are shares of means over the update, so those of its micro-batches add up.
     """
     A = advantages[:, None]                                                                                     # (B, 1)
+    # where the old policy is the policy, the ratio is 1, but its gradient is that of logprobs: REINFORCE
     ratio = (logprobs - old_logprobs).exp()                                                                     # (B, T)
     clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
     pg = -torch.min(ratio * A, clipped * A)
     kl = kl_estimate(logprobs, ref_logprobs, config.kl_estimator)
     per_token = config.pg_coef * pg + config.kl_coef * kl - config.entropy_coef * entropy
     mask = mask.to(per_token.dtype)
-    if config.loss_agg == "token":
-        loss = (per_token * mask).sum() / num_tokens
-    else:
+    weight = mask / num_tokens
+    if config.loss_agg == "sequence":
         num_rollouts = config.prompts_per_step * config.group_size // config.updates_per_batch
-        loss = ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / num_rollouts
-    was_clipped = (clipped * A < ratio * A).float()
-    stats = {name: float((x.detach() * mask).sum() / num_tokens) for name, x in
-             [("pg_loss", pg), ("kl", kl), ("entropy", entropy), ("ratio", ratio), ("clip_frac", was_clipped)]}
+        weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / num_rollouts
+    loss = (per_token * weight).sum()
+    means = {"pg_loss": pg, "kl": kl, "entropy": entropy, "ratio": ratio, "clip_frac": clipped * A < ratio * A}
+    stats = {name: float((x.detach() * mask).sum() / num_tokens) for name, x in means.items()}
     return loss, {"loss": loss.item(), **stats}
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Update: gradients of all micro-batches, then one optimizer step
 # ----------------------------------------------------------------------------------------------------------------------
 
+def uses_bf16(device, config) -> bool:
+    return config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+
+
+def frozen_copy(model, bf16):
+    """A copy that is not trained. In bf16 the buffers stay: rotary frequencies in bf16 would blur far positions."""
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for param in twin.parameters():
+        param.data = param.data.bfloat16() if bf16 else param.data
+    return twin
+
+
+def checkpoint_layers(model) -> None:
+    """Keep only the input of each layer for backward and compute the rest again: memory for a third more time.
+
+    transformers' own switch works in train mode alone, and switches the sampler's cache off.
+    """
+    for layer in model.base_model.layers:
+        layer.forward = functools.partial(recompute_in_backward, layer.forward, use_reentrant=False)
+
+
 def micro_batches(prompts, responses, token_budget) -> list:
     """Row numbers, packed so that rows times longest row stays within the budget; a longer row goes alone.
 
-    Sorted by length, so that little is padding, from the longest, so that memory runs out at once or not at all.
+    Sorted by length, so that little is padding, from the longest, so that memory runs out at once or never.
     """
     length = [len(p) + len(r) for p, r in zip(prompts, responses)]
     batches = []
@@ -543,20 +561,30 @@ def micro_batches(prompts, responses, token_budget) -> list:
     return batches
 
 
-def update(policy, ref_policy, optimizer, prompts, responses, advantages, old_logprobs, config):
-    """One optimizer step on N' rollouts -> stats. old_logprobs: a (T,) tensor a rollout, or None: those of now."""
+def score_rows(model, prompts, responses, rows, config):
+    """token_logprobs of some rows: bf16 products, fp32 weights (at rate 1e-6 a weight kept in bf16 would never move)."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16(model.device, config)):
+        return token_logprobs(model, [prompts[i] for i in rows], [responses[i] for i in rows], config.temperature)
+
+
+def update_policy(policy, ref_policy, optimizer, prompts, responses, advantages, old_logprobs, config) -> dict:
+    """One optimizer step -> stats. old_logprobs: a (T,) tensor a rollout, or None: the policy has not moved since.
+
+    Exits, before the weights change, if the loss or the gradient is not finite.
+    """
     num_tokens = sum(map(len, responses))           # before the loop: packing must not change the gradient
-    stats = Counter()
+    stats = Counter()                               # whose update() adds
     for rows in tqdm(micro_batches(prompts, responses, config.token_budget), "update", leave=False, disable=None):
-        batch = [prompts[i] for i in rows], [responses[i] for i in rows], config.temperature
-        with autocast(policy, config):
-            with torch.no_grad():
-                ref_logprobs = token_logprobs(ref_policy, *batch)[0] if ref_policy else None
-            logprobs, entropy, mask = token_logprobs(policy, *batch)
-        now = logprobs.detach()
-        old = now if old_logprobs is None else pad_sequence([old_logprobs[i] for i in rows], batch_first=True)
-        loss, parts = grpo_loss(logprobs, old, now if ref_logprobs is None else ref_logprobs, entropy,
-                                advantages[rows].to(now.device), mask, num_tokens, config)
+        with torch.no_grad():                       # before the policy's pass, whose activations stay in memory
+            ref_logprobs = score_rows(ref_policy, prompts, responses, rows, config)[0] if ref_policy else None
+        logprobs, entropy, mask = score_rows(policy, prompts, responses, rows, config)
+        if ref_logprobs is None:
+            ref_logprobs = logprobs.detach()        # without a reference the KL reads 0
+        old = logprobs.detach()
+        if old_logprobs is not None:
+            old = pad_sequence([old_logprobs[i] for i in rows], batch_first=True)
+        loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, advantages[rows].to(mask.device), mask, num_tokens,
+                                config)
         loss.backward()
         stats.update(parts)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
@@ -569,21 +597,18 @@ def update(policy, ref_policy, optimizer, prompts, responses, advantages, old_lo
 
 def train_on(policy, ref_policy, optimizer, prompts, responses, advantages, config) -> dict:
     """All updates on one batch of rollouts -> the mean of their stats. [P] makes 8, of 16 groups each; [C] 1 of all."""
-    per_update = len(prompts) // config.updates_per_batch
-    old_logprobs = None                         # one update: the old policy is the policy, no second pass is needed
-    if config.updates_per_batch > 1:
-        old_logprobs = [None] * len(prompts)
+    old_logprobs = [None] * len(prompts)
+    if config.updates_per_batch > 1:                # from the second update on, the policy is not what it was
         for rows in micro_batches(prompts, responses, config.token_budget):
-            with torch.no_grad(), autocast(policy, config):
-                logprobs, _, mask = token_logprobs(policy, [prompts[i] for i in rows], [responses[i] for i in rows],
-                                                   config.temperature)
+            with torch.no_grad():
+                logprobs, _, mask = score_rows(policy, prompts, responses, rows, config)
             for i, values, kept in zip(rows, logprobs, mask):
                 old_logprobs[i] = values[kept]
-    stats = Counter()
-    for first in range(0, len(prompts), per_update):
-        part = slice(first, first + per_update)
-        stats.update(update(policy, ref_policy, optimizer, prompts[part], responses[part], advantages[part],
-                            old_logprobs and old_logprobs[part], config))
+    stats, size = Counter(), len(prompts) // config.updates_per_batch
+    for part in (slice(first, first + size) for first in range(0, len(prompts), size)):
+        old = old_logprobs[part] if config.updates_per_batch > 1 else None
+        stats.update(update_policy(policy, ref_policy, optimizer, prompts[part], responses[part], advantages[part], old,
+                                   config))
     return {name: value / config.updates_per_batch for name, value in stats.items()}
 
 
@@ -597,51 +622,31 @@ def copy_weights(sources, targets) -> None:
 
 def optimizer_step(policy, optimizer) -> None:
     """AdamW on the fp32 weights: the policy's own, or with --offload-optimizer copies of them in host memory."""
-    pairs = list(zip(policy.parameters(), optimizer.param_groups[0]["params"]))
-    for param, master in pairs:
+    masters = optimizer.param_groups[0]["params"]
+    for param, master in zip(policy.parameters(), masters):
         if master is not param:
             master.grad, param.grad = param.grad.to(master.device), None
     optimizer.step()
     optimizer.zero_grad()
-    copy_weights(optimizer.param_groups[0]["params"], policy.parameters())
+    copy_weights(masters, policy.parameters())
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Precision and files: what a long run needs
+# 7. Files: what a long run needs
 # ----------------------------------------------------------------------------------------------------------------------
-
-def uses_bf16(device, config) -> bool:
-    return config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
-
-
-def autocast(policy, config):
-    """bf16 matrix products on fp32 weights: at learning rate 1e-6 a weight kept in bf16 would never move."""
-    return torch.autocast(policy.device.type, torch.bfloat16, enabled=uses_bf16(policy.device, config))
-
-
-def bf16_copy(model):
-    """A frozen copy with bf16 parameters. Buffers stay: rotary frequencies in bf16 would blur far positions."""
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for param in twin.parameters():
-        param.data = param.data.bfloat16()
-    return twin
-
-
-def checkpoint_layers(model) -> None:
-    """Keep only the input of each layer for backward and compute the rest again: memory for a third more time."""
-    for layer in model.base_model.layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-
 
 def load_model(name, dtype=torch.float32):
-    """Model, tokenizer of a Hugging Face id or folder, on the GPU if there is one."""
+    """Model and tokenizer of a Hugging Face id or folder, on the GPU if there is one; the tiny world's base is built."""
+    if name == TINY_BASE and not Path(name).exists():
+        from labs import tiny
+        tiny.build_base(name)
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
-        fail(f"--model {name}: not a model folder, and not to be had from the hub "
-             f"({str(error).strip().splitlines()[0]})")
+        fail(f"--model {name}: no model folder, and not to be loaded from the hub ({str(error).strip().splitlines()[0]})")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -656,7 +661,7 @@ def atomically(path):
 
 
 def peak_memory_gb(device) -> float:
-    """Of the GPU, or of this process; nan on Windows."""
+    """Peak memory so far, of the GPU or, without one, of this process; nan on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20
@@ -691,15 +696,25 @@ def save_model(folder, model, tokenizer) -> None:
 
 
 def save_checkpoint(run_dir, step, policy, optimizer) -> None:
-    """All that --resume needs. What is random is drawn anew from (seed, step), so no random state is among it."""
+    """All that --resume needs. No random state is among it: everything random is drawn from (seed, step)."""
     (run_dir / "latest").mkdir(exist_ok=True)
     with atomically(run_dir / "latest" / "state.pt") as temporary:
         torch.save({"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
 
 
+def load_checkpoint(run_dir, policy, optimizer) -> int:
+    """The step of the checkpoint, whose weights and optimizer state are loaded; 0 if there is none yet."""
+    if not (run_dir / "latest" / "state.pt").exists():
+        return 0
+    state = torch.load(run_dir / "latest" / "state.pt", map_location="cpu", weights_only=True)
+    policy.load_state_dict(state["policy"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
 @contextlib.contextmanager
 def interrupts_held():
-    """Hold Ctrl-C back until the block ends: a half-made update or log row is worse than a short wait."""
+    """Hold Ctrl-C back until the block ends: a half-made update or log row is worse than a wait."""
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(print("\nstopping when this step is done")))
     try:
@@ -720,6 +735,10 @@ sum to 0 in each group, and with one update a batch the old policy is the policy
 dead: share of groups whose rewards are all equal, no signal; trunc: share of responses cut at --max-response-tokens."""
 
 
+def indented(text) -> str:
+    return textwrap.indent(text, "    | ", lambda line: True)
+
+
 def introduce(config, examples, tokenizer, stop_ids, device) -> None:
     """What a person should see before the first step: settings, prompt, stop tokens, the size of a step."""
     for name, value in asdict(config).items():
@@ -733,10 +752,6 @@ def introduce(config, examples, tokenizer, stop_ids, device) -> None:
           f"{config.updates_per_batch} update(s); {len(examples)} example(s); on {device}\n\n{LEGEND}\n")
 
 
-def indented(text) -> str:
-    return textwrap.indent(text, "    | ", lambda line: True)
-
-
 def summarize(step, chosen, responses, texts, rewards, correct, stop_ids, group_size) -> dict:
     """What the rollouts of a step were like: the first part of its row in metrics.jsonl."""
     right = {}
@@ -744,7 +759,7 @@ def summarize(step, chosen, responses, texts, rewards, correct, stop_ids, group_
         right.setdefault(example["name"], []).append(is_right)
     return {"step": step, "reward": rewards.mean().item(), "accuracy": float(np.mean(correct)),
             "dead_groups": (rewards.view(-1, group_size).std(1) == 0).float().mean().item(),
-            "boxed_frac": float(np.mean([extract_boxed(text) is not None for text in texts])),
+            "boxed_frac": float(np.mean([reward_of(text, "", "format") for text in texts])),
             "response_length": float(np.mean([len(response) for response in responses])),
             "truncated_frac": float(np.mean([response[-1] not in stop_ids for response in responses])),
             "examples": {name: float(np.mean(verdicts)) for name, verdicts in right.items()}}
@@ -757,8 +772,9 @@ def print_step(row, config) -> None:
           f"len {row['response_length']:.0f}  trunc {row['truncated_frac']:.2f}  entropy {row['entropy']:.3f}  "
           f"kl {row['kl']:.4f}  loss {row['loss']:+.4f}  grad {row['grad_norm']:.2f}  ratio {row['ratio']:.3f}  "
           f"{row['tokens_per_second']:,.0f} tok/s  sample {row['sample_seconds']:.1f}s  "
-          f"update {row['update_seconds']:.1f}s  {row['memory_gb']:.1f}GB  eta {hours}h{minutes:02d}m"
-          + "  (all groups dead: only KL, entropy and weight decay act)" * (row["dead_groups"] == 1), flush=True)
+          f"update {row['update_seconds']:.1f}s  {row['memory_gb']:.1f}GB  eta {hours}h{minutes:02d}m", flush=True)
+    if row["dead_groups"] == 1:
+        print("  all groups are dead: only KL, entropy and weight decay act in this step")
 
 
 def print_sample(sample) -> None:
@@ -767,9 +783,8 @@ def print_sample(sample) -> None:
           f"{sample['tokens']} tokens\n{indented(text)}", flush=True)
 
 
-def prepare_examples(config, tokenizer) -> list:
-    """The examples with their prompts' tokens; those that are too long are left out, and said to be."""
-    examples = load_examples(config.example, config.answer)
+def with_prompts(examples, config, tokenizer) -> list:
+    """The examples with their prompts' tokens; too long ones are left out with a message."""
     for example in examples:
         example["prompt"] = encode_prompt(tokenizer, example["problem"] + TRAIN_SUFFIX)
     fitting = [example for example in examples if len(example["prompt"]) <= config.max_prompt_tokens]
@@ -782,13 +797,13 @@ def prepare_examples(config, tokenizer) -> list:
     return fitting
 
 
-def evaluation_due(config, step, sampler, tokenizer) -> dict:
+def evaluate_if_due(config, step, sampler, tokenizer, benchmarks) -> dict:
     """{"eval": {benchmark: accuracy, ..., "average"}} if an evaluation is due after this step, else nothing."""
     if not config.eval_every or step % config.eval_every:
         return {}
-    from evaluate import evaluate, load_benchmark
-    result = evaluate(sampler, tokenizer, {name: load_benchmark(name) for name in config.eval}, slots=config.slots,
-                      max_response_tokens=config.max_response_tokens, seed=config.seed)
+    from evaluate import evaluate                # here, because evaluate.py imports from this file
+    result = evaluate(sampler, tokenizer, benchmarks, slots=config.slots, max_response_tokens=config.max_response_tokens,
+                      seed=config.seed)
     scores = {name: row["avg_at_k"] for name, row in result["benchmarks"].items()} | {"average": result["average"]}
     print(f"eval {step}/{config.steps}  " + "  ".join(f"{name} {x:.3f}" for name, x in scores.items()), flush=True)
     return {"eval": scores}
@@ -799,32 +814,28 @@ def main(argv=None) -> None:
     run_dir = Path(config.output_dir)
     if (run_dir / "config.json").exists() and not config.resume:
         fail(f"{run_dir} already holds a run: go on with it by --resume, or name another --output-dir")
-    if config.model == TINY_BASE and not Path(TINY_BASE).exists():
-        from labs import tiny
-        tiny.build_base(TINY_BASE)
-
+    examples, benchmarks = load_examples(config.example, config.answer), {}
+    if config.eval_every:
+        from evaluate import load_benchmark
+        benchmarks = {name: load_benchmark(name) for name in config.eval}
     policy, tokenizer = load_model(config.model)
-    device, bf16, done = policy.device, uses_bf16(policy.device, config), 0
-    examples = prepare_examples(config, tokenizer)
+    device, bf16 = policy.device, uses_bf16(policy.device, config)
+    examples = with_prompts(examples, config, tokenizer)
     stop_ids = find_stop_ids(tokenizer, policy.generation_config)
     if not stop_ids:
         fail(f"--model {config.model}: neither tokenizer nor configuration names a token that ends a response")
-    ref_policy = None if config.kl_coef == 0 else bf16_copy(policy) if bf16 else copy.deepcopy(policy)
-    sampler = bf16_copy(policy) if bf16 else policy
+    ref_policy = frozen_copy(policy, bf16) if config.kl_coef else None
+    sampler = frozen_copy(policy, bf16) if bf16 else policy
     masters = list(policy.parameters())
     if config.offload_optimizer:
         masters = [param.detach().to("cpu", copy=True) for param in masters]
     optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.activation_checkpointing:
-        checkpoint_layers(policy)
+        checkpoint_layers(policy)               # after the copies, which would share its layers
 
-    if config.resume and (run_dir / "latest" / "state.pt").exists():
-        state = torch.load(run_dir / "latest" / "state.pt", map_location="cpu", weights_only=True)
-        done = state["step"]
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        copy_weights(policy.parameters(), masters)
-        copy_weights(policy.parameters(), sampler.parameters())
+    done = load_checkpoint(run_dir, policy, optimizer) if config.resume else 0
+    copy_weights(policy.parameters(), masters)
+    copy_weights(policy.parameters(), sampler.parameters())
     run_dir.mkdir(parents=True, exist_ok=True)
     for log in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
         forget_rows_after(log, done or -1)      # without a checkpoint all is done again, step 0's evaluation too
@@ -835,7 +846,7 @@ def main(argv=None) -> None:
 
     phase, started, resumed_at = "evaluating", time.time(), done
     try:
-        if done == 0 and (row := evaluation_due(config, 0, sampler, tokenizer)):
+        if done == 0 and (row := evaluate_if_due(config, 0, sampler, tokenizer, benchmarks)):
             append_rows(run_dir / "metrics.jsonl", [{"step": 0, **row}])
         for step in range(done + 1, config.steps + 1):
             # 1. Example
@@ -844,7 +855,7 @@ def main(argv=None) -> None:
             prompts = [example["prompt"] for example in chosen]
             # 2. Rollouts
             phase, sampling_from = "sampling", time.time()
-            generator = torch.Generator().manual_seed(1_000_003 * config.seed + step)
+            generator = torch.Generator().manual_seed(1_000_003 * config.seed + step)       # distinct for each pair
             responses = generate(sampler, prompts, max_response_tokens=config.max_response_tokens, stop_ids=stop_ids,
                                  temperature=config.temperature, slots=config.slots, generator=generator)
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -872,8 +883,9 @@ def main(argv=None) -> None:
                             "advantage": round(advantages[i].item(), 4), "tokens": len(responses[i]), "text": texts[i]}
                            for i in shown]
                 if step % 10 == 1:
-                    print_sample(samples[step // 10 % len(samples)])
-                row |= evaluation_due(config, step, sampler, tokenizer)
+                    print_sample(samples[step // 10 % len(samples)])        # the first, the best, the worst in turn
+                phase = "evaluating"
+                row |= evaluate_if_due(config, step, sampler, tokenizer, benchmarks)
                 append_rows(run_dir / "metrics.jsonl", [row])
                 append_rows(run_dir / "samples.jsonl", samples)
                 done, phase = step, "saving"
@@ -894,8 +906,24 @@ def main(argv=None) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Appendix: when are two answers the same? (section 3 calls same_answer)
+# Appendix to section 3: when are two answers the same?
 # ----------------------------------------------------------------------------------------------------------------------
+
+def equivalent(given, gold) -> bool:
+    """Are two answers the same, up to spelling and value? Both are normalised, then compared; never raises."""
+    if given == gold:
+        return True
+    # the longest answer of the benchmarks has 210 characters; a limit keeps hostile ones from costing time
+    if max(len(given), len(gold)) > 800 or re.search(r"[({\[]{6}", given):
+        return False
+    given, gold = given.translate(SYMBOLS), gold.translate(SYMBOLS)
+    for pattern, replacement in NORMALIZATIONS:
+        given, gold = pattern.sub(replacement, given), pattern.sub(replacement, gold)
+    try:
+        return same_answer(given.strip(), gold.strip())
+    except UNREADABLE:
+        return False
+
 
 # Words that make a \text{...} part of the answer and no unit: "4 \text{ or 5}" is not 4, "5 \text{ million}" is not 5.
 NOT_A_UNIT = (r"or|and|if|to|not|nor|but|no|is|are|than|mod\w*|base|pi|plus|minus|times|over|squared|cubed|half|halves|"
@@ -992,7 +1020,7 @@ UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, Recursi
               ValueError)
 
 
-def evaluate(text, point):
+def value_of(text, point):
     """The value of an expression: an exact Fraction where it is rational, else complex; letters are random fractions.
 
     The LaTeX becomes a Python expression over the names v0, v1, ...; Python's parser makes a tree of it, which is
@@ -1065,7 +1093,7 @@ def same_answer(given, gold):
         return False
     if plain(given) == plain(gold):
         return given != ""
-    return all(same_value(evaluate(given, point), evaluate(gold, point)) for point in (0, 1))
+    return all(same_value(value_of(given, point), value_of(gold, point)) for point in (0, 1))
 
 
 def same_value(x, y):

@@ -581,7 +581,7 @@ def gradient_of_update(policy, config, monkeypatch, ref_policy=None, old=None):
         rl.checkpoint_layers(policy)
     monkeypatch.setattr(rl, "optimizer_step", lambda *_: None)
     advantages = torch.tensor([1.0, -0.5, 0.3, -1.0, 0.0, 2.0, -2.0])
-    stats = rl.update(policy, ref_policy, None, PROMPTS, RESPONSES, advantages, old, config)
+    stats = rl.update_policy(policy, ref_policy, None, PROMPTS, RESPONSES, advantages, old, config)
     return torch.cat([p.grad.flatten() for p in policy.parameters()]), stats
 
 
@@ -615,12 +615,12 @@ def test_several_updates_a_batch_move_the_ratio(model):
     config = rl.Config(updates_per_batch=2, learning_rate=1e-2, kl_coef=0.0, prompts_per_step=2, group_size=3)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     prompts, responses = PROMPTS[:6], RESPONSES[:6]
-    seen, real = [], rl.update
+    seen, real = [], rl.update_policy
     try:
-        rl.update = lambda *args: seen.append((args[6], real(*args)))or seen[-1][1]
+        rl.update_policy = lambda *args: seen.append((args[6], real(*args)))or seen[-1][1]
         stats = rl.train_on(policy, None, optimizer, prompts, responses, torch.tensor([1.0, -1, 0, 1, -1, 0]), config)
     finally:
-        rl.update = real
+        rl.update_policy = real
     before = rl.token_logprobs(model, prompts, responses, 0.6)
     for i, old in enumerate(seen[0][0] + seen[1][0]):
         assert torch.allclose(old, before[0][i][before[2][i]], atol=1e-5)
@@ -633,13 +633,13 @@ def test_a_nan_loss_stops_before_the_weights_change(model):
     before = copy.deepcopy(policy.state_dict())
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
     with pytest.raises(SystemExit, match="nan"):
-        rl.update(policy, None, optimizer, PROMPTS, RESPONSES, torch.full((7,), math.nan), None, rl.Config(kl_coef=0.0))
+        rl.update_policy(policy, None, optimizer, PROMPTS, RESPONSES, torch.full((7,), math.nan), None, rl.Config(kl_coef=0.0))
     assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
 
 
 def test_bf16_copy_keeps_the_rotary_frequencies(model):
     """model.to(bfloat16) would cast that buffer too, and far positions with it."""
-    twin = rl.bf16_copy(model)
+    twin = rl.frozen_copy(model, bf16=True)
     assert {p.dtype for p in twin.parameters()} == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(twin.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert not any(p.requires_grad for p in twin.parameters())
