@@ -26,7 +26,7 @@ Where this differs from the paper's text [P] and from its released code [C] (ski
     8. A response ends at any end token of the model, its chat template's included; in [C] at EOS alone.
     9. k3's exponent is bounded (kl_estimate says why); its value is cut at 10 as in [C]. [P] cuts nothing.
 
-Shapes: N rollouts a step, G rollouts a group; B rows of a micro-batch, padded to L tokens, of which up to T of response;
+Shapes: N rollouts a step, G rollouts a group; B rows of a micro-batch, padded to L tokens, up to T of them response;
 M response tokens in those rows; n rows and q new tokens in a forward pass of the sampler; V vocabulary, H hidden size.
 """
 import argparse
@@ -183,7 +183,7 @@ def check(config: Config) -> None:
         if f.type is float and not math.isfinite(value) and f.name != "grad_clip":          # inf: do not clip
             fail(f"{flag} {value}: use a finite number")
     if config.prompts_per_step % config.updates_per_batch:
-        fail(f"--updates-per-batch {config.updates_per_batch}: must divide --prompts-per-step {config.prompts_per_step}")
+        fail(f"--updates-per-batch {config.updates_per_batch} must divide --prompts-per-step {config.prompts_per_step}")
     if config.answer and len(config.example) > 1:
         fail(f"--answer {config.answer}: it relabels one --example, and there are {len(config.example)}")
     if config.eval_every and not config.eval:
@@ -472,7 +472,7 @@ def token_logprobs(model, prompts, responses, temperature, chunk=1024):
     ids = pad_sequence(ids, batch_first=True).to(device)                                                        # (B, L)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                                   # (B, T)
     b, t = mask.nonzero(as_tuple=True)                                                                            # (M,)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state     # (B, L, H), not yet (B, L, V) logits
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, L, H), not yet logits
     hidden, targets = hidden[b, starts[b] + t - 1], ids[b, starts[b] + t]           # (M, H): the token before predicts
 
     def score(hidden, targets):
@@ -562,7 +562,7 @@ def micro_batches(prompts, responses, token_budget) -> list:
 
 
 def score_rows(model, prompts, responses, rows, config):
-    """token_logprobs of some rows: bf16 products, fp32 weights (at rate 1e-6 a weight kept in bf16 would never move)."""
+    """token_logprobs of some rows, with bf16 products but fp32 weights: at rate 1e-6 a bf16 weight would never move."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16(model.device, config)):
         return token_logprobs(model, [prompts[i] for i in rows], [responses[i] for i in rows], config.temperature)
 
@@ -583,8 +583,8 @@ def update_policy(policy, ref_policy, optimizer, prompts, responses, advantages,
         old = logprobs.detach()
         if old_logprobs is not None:
             old = pad_sequence([old_logprobs[i] for i in rows], batch_first=True)
-        loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, advantages[rows].to(mask.device), mask, num_tokens,
-                                config)
+        loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, advantages[rows].to(mask.device), mask,
+                                num_tokens, config)
         loss.backward()
         stats.update(parts)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
@@ -637,7 +637,7 @@ def optimizer_step(policy, optimizer) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 def load_model(name, dtype=torch.float32):
-    """Model and tokenizer of a Hugging Face id or folder, on the GPU if there is one; the tiny world's base is built."""
+    """Model and tokenizer of a Hugging Face id or folder, on the GPU if there is one; the tiny base is built first."""
     if name == TINY_BASE and not Path(name).exists():
         from labs import tiny
         tiny.build_base(name)
@@ -646,7 +646,8 @@ def load_model(name, dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
-        fail(f"--model {name}: no model folder, and not to be loaded from the hub ({str(error).strip().splitlines()[0]})")
+        reason = str(error).strip().splitlines()[0]
+        fail(f"--model {name}: neither a model folder nor to be loaded from the hub ({reason})")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -802,8 +803,8 @@ def evaluate_if_due(config, step, sampler, tokenizer, benchmarks) -> dict:
     if not config.eval_every or step % config.eval_every:
         return {}
     from evaluate import evaluate                # here, because evaluate.py imports from this file
-    result = evaluate(sampler, tokenizer, benchmarks, slots=config.slots, max_response_tokens=config.max_response_tokens,
-                      seed=config.seed)
+    result = evaluate(sampler, tokenizer, benchmarks, slots=config.slots, seed=config.seed,
+                      max_response_tokens=config.max_response_tokens)
     scores = {name: row["avg_at_k"] for name, row in result["benchmarks"].items()} | {"average": result["average"]}
     print(f"eval {step}/{config.steps}  " + "  ".join(f"{name} {x:.3f}" for name, x in scores.items()), flush=True)
     return {"eval": scores}

@@ -1,21 +1,22 @@
 """A tiny world for one-shot RLVR: a base model that pretrains in minutes on two CPU cores, and six benchmarks for it.
 
-    python labs/tiny.py --output runs/tiny-base       # one_shot_rlvr.py --preset tiny does this at its first use
+    python labs/tiny.py --output runs/tiny-base        # one_shot_rlvr.py --preset tiny does this at its first use
 
 1. Six tasks: addition, subtraction, multiplication, largest of three, remainder, an equation. Each is a function that
    draws a problem, the steps of a careful solution, and the answer.
-2. Documents: what a base model reads is a mixture. Some texts solve a problem carefully and box the answer, more of them
-   box a hasty guess (mostly wrong), some solve it and forget the box, some are about other things. Whether the prompt
-   asks for steps and a box has no bearing on the style of the solution: people answer as they please.
-3. Tokenizer: Qwen2's, byte-level BPE with a token for each digit, trained on these documents.
+2. Documents: what a base model reads is a mixture. Some texts solve a problem step by step and box the answer, others
+   box a hasty guess (mostly wrong), or solve it and forget the box, or are tables of sums and plain sentences. Whether
+   the prompt asks for steps and a box has no bearing on the style of the solution: people answer as they please.
+3. Tokenizer: Qwen2's kind, byte-level BPE with a token for each digit, trained on these documents.
 4. Pretraining: next-token prediction on all of it. The result is an ordinary Hugging Face folder.
 
-So the base model *has* the skill (it is right nearly always when it writes the careful solution) and uses it at times.
-One-shot RLVR can then raise all six benchmarks from one problem, because what it must learn is a preference between
-styles that all tasks share. This shows the mechanism at work. It cannot show that the mechanism is what happens in a
-real model: here the skill, and the fact that it is rarely used, were put in by hand.
+So the base model *has* the skill, being right nearly always when it takes the steps, and takes them in a third of its
+answers. One-shot RLVR can then raise all six benchmarks from one problem, because what it must learn is a preference
+between styles that all tasks share. This shows the mechanism at work. It cannot show that the mechanism is what happens
+in a real model: here the skill, and the fact that it is seldom used, were put in by hand.
 """
 import argparse
+import math
 import os
 import random
 import sys
@@ -31,8 +32,8 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, PreTra
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that python labs/tiny.py finds it
 from one_shot_rlvr import TRAIN_SUFFIX, save_model  # noqa: E402
 
-PROTOCOL = (4, 0.6)             # samples a problem, temperature; greedy decoding would show the commonest style alone
-MAX_RESPONSE_TOKENS = 64        # a careful solution takes at most 30
+PROTOCOL = (4, 0.6)             # samples a problem, temperature: greedy would show the commonest style alone
+MAX_RESPONSE_TOKENS = 64        # a careful solution takes some 30
 TEST_SIZE = 100                 # problems a benchmark
 
 
@@ -122,7 +123,7 @@ def held_out():
 def train_problems(n=1024, seed=0):
     """n training problems, the six tasks in turn: the full set that one example is compared with."""
     tests = held_out()
-    rows = zip(*(problems(name, -(-n // len(TASKS)), f"train {seed}", tests) for name in BENCHMARKS))
+    rows = zip(*(problems(name, math.ceil(n / len(TASKS)), f"train {seed}", tests) for name in BENCHMARKS))
     return [row for six in rows for row in six][:n]
 
 
@@ -130,7 +131,7 @@ def train_problems(n=1024, seed=0):
 # 2. Documents
 # ----------------------------------------------------------------------------------------------------------------------
 
-STYLES = {"careful": 0.30, "hasty": 0.35, "unboxed": 0.15, "other": 0.20}
+STYLES = {"careful": 0.32, "hasty": 0.33, "unboxed": 0.15, "other": 0.20}
 NOUNS, VERBS = "cat dog bird child river wind".split(), "sees likes follows hears".split()
 
 
@@ -177,12 +178,17 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 
 
 def make_tokenizer():
-    """Byte-level BPE with Qwen2's own splitting rule (each digit a token), its merges learned from our documents."""
+    """Byte-level BPE, its merges learned from our documents.
+
+    Normalizer, splitting rule and decoder are Qwen2's own: AutoTokenizer puts those of Qwen2 in place of any others
+    when it loads a folder whose model is a Qwen2.
+    """
     rng, tests = random.Random("tokenizer"), held_out()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator((document(rng, tests) for _ in range(2000)), trainers.BpeTrainer(
         vocab_size=512, min_frequency=20, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -205,42 +211,43 @@ def batches(tokenizer, rng, batch_size, tasks):
             yield pad_sequence(documents[start:start + batch_size], batch_first=True, padding_value=-100)
 
 
-def build_base(folder, steps=1600, seed=0, batch_size=96, learning_rate=2.5e-3, tasks=TASKS):
+def build_base(folder, steps=1800, seed=0, batch_size=96, learning_rate=2.5e-3, tasks=TASKS):
     """Pretrain the base model and save it; the folder gets its name last, so a build cut short leaves nothing there."""
     rng, tokenizer = random.Random(seed), make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
             initializer_range=0.08, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id))
+    # Muon learns the skill from about half the documents that AdamW needs; it is for matrices alone
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)]
-    bar = tqdm(zip(range(steps), batches(tokenizer, rng, batch_size, tasks)), total=steps, desc="pretraining the tiny base model")
-    for step, ids in bar:
-        # right padding and causal attention: no text sees its padding, so no mask
+    progress = tqdm(zip(range(steps), batches(tokenizer, rng, batch_size, tasks)), total=steps,
+                    desc="pretraining the tiny base model, once")
+    for step, ids in progress:
+        # right padding and causal attention: no text sees its padding, so no mask; -100 is a label, not a token
         logits = model(ids.clamp(min=0), use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
         model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer in optimizers:
+        torch.nn.utils.clip_grad_norm_(others, 1.0)             # Muon's own updates have a norm of their own
+        for optimizer in optimizers:                            # warm-up, then flat, then down to 0
             optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 100, (steps - step) / (0.6 * steps))
             optimizer.step()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                                               do_sample=True, temperature=0.6)
+            progress.set_postfix(loss=f"{loss.item():.2f}")
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     save_model(folder, model.eval(), tokenizer)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="runs/tiny-base", help="folder of the model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1600, help="pretraining steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1800, help="pretraining steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and documents (default: %(default)s)")
     args = parser.parse_args()
     if os.path.exists(args.output):
