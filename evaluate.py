@@ -12,13 +12,14 @@ are the trainer's own. The checker is the trainer's strict one, where the paper'
 of a response without a box.
 
 How to read the table: avg@k is the share of right answers, over problems and k samples of each; the figure behind +- is
-its standard error over problems (two models closer than about two of them are not told apart); pass@k is the share of
+its standard error over problems (two models closer than about three of them are not told apart); pass@k is the share of
 problems that at least one of k samples solves.
 """
 import argparse
 import json
 import math
 import re
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from labs import tiny
 from one_shot_rlvr import (EVAL_SYSTEM, TINY_BASE, append_rows, encode_prompt, extract_boxed, fail, find_stop_ids,
                            generate, is_correct, load_model, read_rows, write_json)
 
@@ -55,9 +57,8 @@ BENCHMARKS = {
 def problem_and_answer(row) -> dict:
     """One row of any of the six, from the hub or the paper's files, as {"problem", "answer", ...}.
 
-    The gold answer is `answer`; where there is none, OlympiadBench's first final_answer, or the box that ends the
-    solution (Minerva). What is asked is `question` where there is one (AIME24's `problem` is a translation of it),
-    after its context (OlympiadBench).
+    The gold answer is `answer`; where there is none, the first of OlympiadBench's `final_answer`, or the box that ends
+    the solution (Minerva). What is asked is `question` where there is one, after its context if it has one.
     """
     context = f"{row['context']}\n" if row.get("context") else ""
     answer = row["answer"] if "answer" in row else row["final_answer"][0] if "final_answer" in row \
@@ -68,7 +69,6 @@ def problem_and_answer(row) -> dict:
 
 def load_benchmark(name, data_dir=None) -> list:
     """Rows {"problem", "answer", ...}: of DIR/NAME.jsonl, of a .jsonl file, of the tiny world, or from the hub."""
-    from labs import tiny
     path = Path(data_dir, f"{name}.jsonl") if data_dir and not name.endswith(".jsonl") else Path(name)
     if path.suffix == ".jsonl":
         rows = read_rows(path)
@@ -103,8 +103,8 @@ def pass_at_k(n, right, k) -> float:
 
 
 def standard_error(scores) -> float:
-    """Standard error of the mean over problems; nan for a single one."""
-    return float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
+    """Standard error of the mean over problems; None for a single one."""
+    return float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
 
 
 def evaluate(model, tokenizer, benchmarks, *, k=None, temperature=None, max_response_tokens=3072, slots=None, seed=0,
@@ -117,9 +117,7 @@ def evaluate(model, tokenizer, benchmarks, *, k=None, temperature=None, max_resp
     stop_ids = find_stop_ids(tokenizer, model.generation_config)
     results = {}
     for name, rows in benchmarks.items():
-        protocol = protocol_of(name)
-        n_samples = k or protocol.k
-        T = protocol.temperature if temperature is None else temperature
+        n_samples, T = samples_and_temperature(name, k, temperature)
         prompts = [encode_prompt(tokenizer, row["problem"], EVAL_SYSTEM) for row in rows for _ in range(n_samples)]
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         responses = generate(model, prompts, max_response_tokens=max_response_tokens, temperature=T, stop_ids=stop_ids,
@@ -147,9 +145,12 @@ def evaluate(model, tokenizer, benchmarks, *, k=None, temperature=None, max_resp
 REFLECTION = re.compile(r"rethink|recheck|recalculate", re.IGNORECASE)         # the paper's three words, Sec. 3.2.4
 
 
-def protocol_of(name) -> Benchmark:
-    from labs import tiny
-    return BENCHMARKS.get(name) or Benchmark("", "", *(tiny.PROTOCOL if name in tiny.BENCHMARKS else ()))
+def samples_and_temperature(name, k=None, temperature=None) -> tuple:
+    """k and temperature of a benchmark: those given, else the paper's or the tiny world's, else one greedy response."""
+    own = (BENCHMARKS[name].k, BENCHMARKS[name].temperature) if name in BENCHMARKS else \
+        tiny.PROTOCOL if name in tiny.BENCHMARKS else (1, 0.0)
+    temperature = own[1] if temperature is None else temperature
+    return k or (own[0] if temperature else 1), temperature
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,13 +162,12 @@ def print_table(result) -> None:
           f"{'tokens':>8}")
     for name, row in result["benchmarks"].items():
         print(f"{name[-16:]:<16}{row['n']:>5}{row['k']:>4}{row['temperature']:>6.1f}{100 * row['avg_at_k']:>8.1f}"
-              f"{100 * row['stderr']:>6.1f}{100 * row['pass_at_k']:>8.1f}{100 * row['boxed']:>7.0f}"
+              f"{100 * (row['stderr'] or 0):>6.1f}{100 * row['pass_at_k']:>8.1f}{100 * row['boxed']:>7.0f}"
               f"{100 * row['truncated']:>7.0f}{row['mean_length']:>8.0f}")
     print(f"{'average':<16}{'':>15}{100 * result['average']:>8.1f}")
 
 
 def main(argv=None) -> None:
-    from labs import tiny
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--preset", choices=["paper", "tiny"], default="paper", help="default model and benchmarks")
@@ -192,21 +192,31 @@ def main(argv=None) -> None:
     model_name = args.model or (TINY_BASE if on_tiny else "Qwen/Qwen2.5-Math-1.5B")
     names = args.benchmarks or list(tiny.BENCHMARKS if on_tiny else BENCHMARKS)
     for name in names:
-        if (args.k or protocol_of(name).k) > 1 and (protocol_of(name).temperature if args.temperature is None
-                                                    else args.temperature) == 0:
-            fail(f"--k {args.k} of {name} is greedy: all its samples would be the same; add --temperature 0.6")
+        k, temperature = samples_and_temperature(name, args.k, args.temperature)
+        if k > 1 and temperature == 0:
+            fail(f"--k {k} for {name}: greedy, all its samples would be the same; add --temperature 0.6")
+    output = Path(args.output or (Path(model_name, "eval.json") if Path(model_name).is_dir() or on_tiny
+                                  else f"runs/eval-{Path(model_name).name}.json"))
+    settings = dict(k=args.k, temperature=args.temperature, seed=args.seed, limit=args.limit, data_dir=args.data_dir,
+                    max_response_tokens=args.max_response_tokens or (tiny.MAX_RESPONSE_TOKENS if on_tiny else 3072))
+    if output.exists():
+        result = json.loads(output.read_text(encoding="utf-8"))
+        if result["settings"] != settings or list(result["benchmarks"]) != names or result["model"] != model_name:
+            fail(f"{output} holds an evaluation with other settings; name another --output")
+        print(f"{output} holds this evaluation already")
+        return print_table(result)
     benchmarks = {name: load_benchmark(name, args.data_dir)[:args.limit] for name in names}
     model, tokenizer = load_model(model_name, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-
-    output = Path(args.output or (Path(model_name, "eval.json") if Path(model_name).is_dir()
-                                  else f"runs/eval-{Path(model_name).name}.json"))
     output.parent.mkdir(parents=True, exist_ok=True)
     responses_path = output.with_suffix(".jsonl")
-    responses_path.unlink(missing_ok=True)
-    settings = dict(k=args.k, temperature=args.temperature, seed=args.seed, slots=args.slots,
-                    max_response_tokens=args.max_response_tokens or (tiny.MAX_RESPONSE_TOKENS if on_tiny else 3072))
-    result = evaluate(model, tokenizer, benchmarks, **settings, responses_path=responses_path)
-    write_json(output, {"model": model_name, "settings": {**settings, "limit": args.limit}, **result})
+    responses_path.unlink(missing_ok=True)          # left by an evaluation that did not come to its end
+    try:
+        result = evaluate(model, tokenizer, benchmarks, k=args.k, temperature=args.temperature, slots=args.slots,
+                          max_response_tokens=settings["max_response_tokens"], seed=args.seed,
+                          responses_path=responses_path)
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: out of GPU memory; sampling needs less with --slots below {args.slots}")
+    write_json(output, {"model": model_name, "settings": settings, **result})
     print_table(result)
     print(f"\nwritten to {output}; every response is in {responses_path}")
 

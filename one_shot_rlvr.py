@@ -16,13 +16,13 @@ The numbers come back as the titles of the sections. The appendix compares answe
 
 Where this differs from the paper's text [P] and from its released code [C] (skip this on a first reading):
     1. One update a batch, as in [C]; [P] says eight (--updates-per-batch 8). With one, ratio is 1: nothing is clipped.
-    2. The ratio is of single tokens and the mean is over all tokens of the update. [P] writes a mean over sequences
-       (--loss-agg sequence); [C] takes means of micro-batches, so that there the gradient depends on the packing.
+    2. The ratio is of single tokens, as in [C], and the mean over all tokens of the update (--loss-agg sequence: over
+       each sequence first). [P] writes one ratio a sequence; [C] averages micro-batches, and depends on their packing.
     3. Every log-probability is of logits / temperature, as in [C]; [P] writes plain logits.
     4. Old log-probabilities are the trainer's own, as in [C], not the sampler's: on CUDA the sampler is a bf16 copy.
     5. The learning rate is constant from the first step; in [C] the very first step has rate 0.
     6. The reward reads the response alone; [C] reads prompt + response, and the prompt holds an empty \boxed{}.
-    7. The checker compares numbers as exact fractions (8/6 is 4/3, which [C] refuses), without computer algebra.
+    7. The checker compares by exact value (8/6 is 4/3, 3*8 is 24) and lets a unit follow (12.8 mph); [C] refuses these.
     8. A response ends at any end token of the model, its chat template's included; in [C] at EOS alone.
     9. k3's exponent is bounded (kl_estimate says why); its value is cut at 10 as in [C]. [P] cuts nothing.
 
@@ -109,7 +109,7 @@ class Config:
     kl_estimator: str = setting("k3", "loss", "estimator of the KL; the released code's low_var_kl is k3",
                                 ["k1", "k2", "k3"])
     entropy_coef: float = setting(0.001, "loss", "weight of the entropy bonus; the paper writes -0.001 [P: Table 5]")
-    loss_agg: str = setting("token", "loss", "mean over all tokens, or over each sequence first [P: Eq. 4]",
+    loss_agg: str = setting("token", "loss", "mean over all tokens, or over those of each sequence first",
                             ["token", "sequence"])
 
     updates_per_batch: int = setting(1, "update", "optimizer steps on each batch of rollouts [C: 1, P: 8]")
@@ -164,6 +164,8 @@ def parse_args(argv=None) -> Config:
         try:
             saved = json.loads(Path(config.output_dir, "config.json").read_text(encoding="utf-8"))
             saved = {f.name: saved[f.name] for f in fields(Config)}
+            if given.get("preset", saved["preset"]) != saved["preset"]:
+                fail(f"--preset {given['preset']}: a resumed run keeps its settings; name the flags that shall change")
             config = Config(**{**saved, **given, "output_dir": config.output_dir})
         except (OSError, ValueError, KeyError):
             fail(f"--resume: {config.output_dir} holds no run; start one without --resume, or name its --output-dir")
@@ -184,10 +186,8 @@ def check(config: Config) -> None:
             fail(f"{flag} {value}: use a finite number")
     if config.prompts_per_step % config.updates_per_batch:
         fail(f"--updates-per-batch {config.updates_per_batch} must divide --prompts-per-step {config.prompts_per_step}")
-    if config.answer and len(config.example) > 1:
-        fail(f"--answer {config.answer}: it relabels one --example, and there are {len(config.example)}")
-    if config.eval_every and not config.eval:
-        fail(f"--eval-every {config.eval_every}: name the benchmarks with --eval")
+    if bool(config.eval_every) != bool(config.eval):
+        fail(f"--eval-every {config.eval_every} and --eval {' '.join(config.eval)} need each other")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,6 +195,7 @@ def check(config: Config) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 TRAIN_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
+TEMPLATE_DATE = "26 Jul 2024"           # Llama-3.2's template writes a date, by default today's: a prompt that drifts
 EVAL_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -233,8 +234,8 @@ def load_examples(names, answer="") -> list:
                 fail(f'--example {name}, row {key}: it needs "problem" and "answer"')
             examples.append({"name": str(row.get("name", key)), "problem": str(row["problem"]),
                              "answer": answer or str(row["answer"])})
-    if not examples:
-        fail(f"--example {' '.join(names)}: no examples in it")
+    if not examples or answer and len(examples) > 1:
+        fail(f"--example {' '.join(names)}: {len(examples)} examples, but one is needed, and just one with --answer")
     return examples
 
 
@@ -246,11 +247,11 @@ def encode_prompt(tokenizer, problem, system=None) -> list:
     if not tokenizer.chat_template:
         return tokenizer(problem).input_ids
     user = [{"role": "user", "content": problem}]
-    text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    options = dict(tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE)
+    text = tokenizer.apply_chat_template(user, **options)
     if system:
         with contextlib.suppress(TemplateError):          # some templates refuse a system message, others drop it
-            with_system = tokenizer.apply_chat_template([{"role": "system", "content": system}, *user], tokenize=False,
-                                                        add_generation_prompt=True)
+            with_system = tokenizer.apply_chat_template([{"role": "system", "content": system}, *user], **options)
             text = with_system if system in with_system else text
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -282,7 +283,6 @@ def examples_of_step(step, num_examples, prompts_per_step, seed) -> list:
         epoch, place = divmod(position, num_examples)
         return int(np.random.default_rng([seed, epoch]).permutation(num_examples)[place])
     return [example_at(position) for position in range((step - 1) * prompts_per_step, step * prompts_per_step)]
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,7 +349,8 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
     model.eval()            # nothing ever calls train() again: no dropout, neither here nor in the update
     device, stop_ids = model.device, set(stop_ids)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))       # equal prompts side by side
-    noise = torch.rand(len(prompts), max_response_tokens, dtype=torch.float64, generator=generator).to(device)
+    noise = torch.rand(len(prompts), max_response_tokens, dtype=torch.float64, generator=generator,
+                       device=generator.device if generator else "cpu").to(device)
     sequences = [list(prompt) for prompt in prompts]        # prompt and response so far; the last token is fed next
     slots = min(slots or len(prompts), len(prompts))
     cache = SlotCache(slots, max(map(len, prompts), default=0) + max_response_tokens)
@@ -400,7 +401,6 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
     return [sequence[len(prompt):] for sequence, prompt in zip(sequences, prompts)]
 
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Reward: is the last boxed answer the right one?
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,7 +429,6 @@ def reward_of(response, answer, kind="answer") -> float:
     """The reward of a response: 1 if its answer is right, or (format) if it has one, or (none) never."""
     boxed = bool((extract_boxed(response) or "").strip())
     return float({"answer": boxed and is_correct(response, answer), "format": boxed, "none": False}[kind])
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -498,7 +497,9 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, num_tokens, config):
-    """-min(ratio A, clip(ratio) A) + kl_coef KL - entropy_coef entropy, averaged: (scalar, stats). Paper Eq. 3 to 8.
+    """-min(ratio A, clip(ratio) A) + kl_coef KL - entropy_coef entropy, averaged -> (scalar, stats).
+
+    Paper Eq. 3 to 8, but for the differences 2, 3 and 9 above.
 
     logprobs, old_logprobs, ref_logprobs, entropy, mask: (B, T); advantages A: (B,); num_tokens: the response tokens of
     the whole update. Loss and stats are shares of means over the update, so those of its micro-batches add up.
@@ -521,7 +522,6 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, n
     return loss, {"loss": loss.item(), **stats}
 
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Update: gradients of all micro-batches, then one optimizer step
 # ----------------------------------------------------------------------------------------------------------------------
@@ -530,12 +530,28 @@ def uses_bf16(device, config) -> bool:
     return config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
 
 
-def frozen_copy(model, bf16):
-    """A copy that is not trained. In bf16 the buffers stay: rotary frequencies in bf16 would blur far positions."""
+def frozen_copy(model, bf16, like_autocast=False):
+    """A copy that is not trained, in bf16 if wanted; the buffers stay, as bf16 rotary frequencies blur far positions.
+
+    like_autocast: bf16 only for the matrices that autocast would cast. A reference of this kind, scored under autocast,
+    has the very log-probabilities of an equal policy; an all-bf16 one starts at a KL above 0 that is rounding alone.
+    """
     twin = copy.deepcopy(model).requires_grad_(False)
-    for param in twin.parameters():
-        param.data = param.data.bfloat16() if bf16 else param.data
+    for module in twin.modules():
+        autocasts = isinstance(module, torch.nn.Linear) and module is not twin.get_output_embeddings()
+        if bf16 and (autocasts or not like_autocast):
+            for param in module.parameters(recurse=False):
+                param.data = param.data.bfloat16()
     return twin
+
+
+def check_head(model, prompt) -> None:
+    """Refuse a model that does more to its logits than the head: token_logprobs would score another distribution."""
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if not torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
+            fail(f"--model {model.config._name_or_path}: it caps or scales its logits, which this script does not know")
 
 
 def checkpoint_layers(model) -> None:
@@ -631,7 +647,6 @@ def optimizer_step(policy, optimizer) -> None:
     copy_weights(masters, policy.parameters())
 
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Files: what a long run needs
 # ----------------------------------------------------------------------------------------------------------------------
@@ -653,12 +668,15 @@ def load_model(name, dtype=torch.float32):
 
 @contextlib.contextmanager
 def atomically(path):
-    """Write to path.tmp, then rename it: a kill leaves the old file or folder, or the new one, never half of one."""
-    temporary = Path(f"{path}.tmp")
+    """Write to path.tmp, then rename it: under its own name a file or folder is whole, whenever a kill comes."""
+    temporary, old = Path(f"{path}.tmp"), Path(f"{path}.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     yield temporary
-    if temporary.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+    if temporary.is_dir() and Path(path).exists():
+        os.replace(path, old)                   # a folder cannot be replaced in one go
     os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def peak_memory_gb(device) -> float:
@@ -679,14 +697,17 @@ def append_rows(path, rows) -> None:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def forget_rows_after(path, step) -> None:
-    """Drop the rows of steps after the checkpoint, which are done again, and a line that a kill cut short."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+def forget_rows_after(path, step) -> list:
+    """Drop rows of steps after the checkpoint, which are done again, and a line that a kill cut short -> the rest."""
+    rows = []
+    # split("\n"), because splitlines would also cut a response at U+2028
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
-            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            rows += [row] if (row := json.loads(line))["step"] <= step else []
     with atomically(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.touch()
+        append_rows(temporary, rows)
+    return rows
 
 
 def save_model(folder, model, tokenizer) -> None:
@@ -709,7 +730,10 @@ def load_checkpoint(run_dir, policy, optimizer) -> int:
         return 0
     state = torch.load(run_dir / "latest" / "state.pt", map_location="cpu", weights_only=True)
     policy.load_state_dict(state["policy"])
+    # the moments are the checkpoint's; rate and weight decay are the settings', which flags may have changed
+    settings = {key: optimizer.param_groups[0][key] for key in ("lr", "weight_decay")}
     optimizer.load_state_dict(state["optimizer"])
+    optimizer.param_groups[0].update(settings)
     return state["step"]
 
 
@@ -759,7 +783,7 @@ def summarize(step, chosen, responses, texts, rewards, correct, stop_ids, group_
     for example, is_right in zip(chosen, correct):
         right.setdefault(example["name"], []).append(is_right)
     return {"step": step, "reward": rewards.mean().item(), "accuracy": float(np.mean(correct)),
-            "dead_groups": (rewards.view(-1, group_size).std(1) == 0).float().mean().item(),
+            "dead_groups": float(np.mean([len(set(group)) == 1 for group in rewards.view(-1, group_size).tolist()])),
             "boxed_frac": float(np.mean([reward_of(text, "", "format") for text in texts])),
             "response_length": float(np.mean([len(response) for response in responses])),
             "truncated_frac": float(np.mean([response[-1] not in stop_ids for response in responses])),
@@ -775,7 +799,7 @@ def print_step(row, config) -> None:
           f"{row['tokens_per_second']:,.0f} tok/s  sample {row['sample_seconds']:.1f}s  "
           f"update {row['update_seconds']:.1f}s  {row['memory_gb']:.1f}GB  eta {hours}h{minutes:02d}m", flush=True)
     if row["dead_groups"] == 1:
-        print("  all groups are dead: only KL, entropy and weight decay act in this step")
+        print("  all groups are dead: only KL, entropy, weight decay and AdamW's momentum act in this step")
 
 
 def print_sample(sample) -> None:
@@ -798,16 +822,16 @@ def with_prompts(examples, config, tokenizer) -> list:
     return fitting
 
 
-def evaluate_if_due(config, step, sampler, tokenizer, benchmarks) -> dict:
-    """{"eval": {benchmark: accuracy, ..., "average"}} if an evaluation is due after this step, else nothing."""
+def evaluate_if_due(config, step, sampler, tokenizer, benchmarks, metrics_path) -> None:
+    """If an evaluation is due after this step, append {"step", "eval": {benchmark: accuracy, ..., "average"}}."""
     if not config.eval_every or step % config.eval_every:
-        return {}
+        return
     from evaluate import evaluate                # here, because evaluate.py imports from this file
     result = evaluate(sampler, tokenizer, benchmarks, slots=config.slots, seed=config.seed,
                       max_response_tokens=config.max_response_tokens)
     scores = {name: row["avg_at_k"] for name, row in result["benchmarks"].items()} | {"average": result["average"]}
     print(f"eval {step}/{config.steps}  " + "  ".join(f"{name} {x:.3f}" for name, x in scores.items()), flush=True)
-    return {"eval": scores}
+    append_rows(metrics_path, [{"step": step, "eval": scores}])
 
 
 def main(argv=None) -> None:
@@ -825,7 +849,8 @@ def main(argv=None) -> None:
     stop_ids = find_stop_ids(tokenizer, policy.generation_config)
     if not stop_ids:
         fail(f"--model {config.model}: neither tokenizer nor configuration names a token that ends a response")
-    ref_policy = frozen_copy(policy, bf16) if config.kl_coef else None
+    check_head(policy, examples[0]["prompt"])
+    ref_policy = frozen_copy(policy, bf16, like_autocast=True) if config.kl_coef else None
     sampler = frozen_copy(policy, bf16) if bf16 else policy
     masters = list(policy.parameters())
     if config.offload_optimizer:
@@ -838,8 +863,9 @@ def main(argv=None) -> None:
     copy_weights(policy.parameters(), masters)
     copy_weights(policy.parameters(), sampler.parameters())
     run_dir.mkdir(parents=True, exist_ok=True)
-    for log in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
-        forget_rows_after(log, done or -1)      # without a checkpoint all is done again, step 0's evaluation too
+    metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
+    forget_rows_after(samples, done)
+    logged = forget_rows_after(metrics, done)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     write_json(run_dir / "config.json", {**asdict(config), "prompt": tokenizer.decode(examples[0]["prompt"]),
                                          "stop_ids": stop_ids, "device": str(device), "versions": versions})
@@ -847,8 +873,8 @@ def main(argv=None) -> None:
 
     phase, started, resumed_at = "evaluating", time.time(), done
     try:
-        if done == 0 and (row := evaluate_if_due(config, 0, sampler, tokenizer, benchmarks)):
-            append_rows(run_dir / "metrics.jsonl", [{"step": 0, **row}])
+        if not any(row["step"] == done and "eval" in row for row in logged):
+            evaluate_if_due(config, done, sampler, tokenizer, benchmarks, metrics)
         for step in range(done + 1, config.steps + 1):
             # 1. Example
             groups = examples_of_step(step, len(examples), config.prompts_per_step, config.seed)
@@ -879,27 +905,27 @@ def main(argv=None) -> None:
                        "eta_seconds": (now - started) / (step - resumed_at) * (config.steps - step),
                        "memory_gb": peak_memory_gb(device)}
                 print_step(row, config)
-                shown = sorted({0, int(rewards.argmax()), int(rewards.argmin())})
-                samples = [{"step": step, "example": chosen[i]["name"], "reward": rewards[i].item(),
-                            "advantage": round(advantages[i].item(), 4), "tokens": len(responses[i]), "text": texts[i]}
-                           for i in shown]
+                shown = sorted({0, int(rewards.argmax()), int(rewards.argmin())})       # the first, the best, the worst
+                rollouts = [{"step": step, "example": chosen[i]["name"], "reward": rewards[i].item(),
+                             "advantage": round(advantages[i].item(), 4), "tokens": len(responses[i]), "text": texts[i]}
+                            for i in shown]
                 if step % 10 == 1:
-                    print_sample(samples[step // 10 % len(samples)])        # the first, the best, the worst in turn
-                phase = "evaluating"
-                row |= evaluate_if_due(config, step, sampler, tokenizer, benchmarks)
-                append_rows(run_dir / "metrics.jsonl", [row])
-                append_rows(run_dir / "samples.jsonl", samples)
+                    print_sample(rollouts[step // 10 % len(rollouts)])
+                append_rows(metrics, [row])
+                append_rows(samples, rollouts)
                 done, phase = step, "saving"
                 if step % config.save_every == 0 or step == config.steps:
                     save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)
                     save_checkpoint(run_dir, step, policy, optimizer)
+            phase = "evaluating"
+            evaluate_if_due(config, step, sampler, tokenizer, benchmarks, metrics)
     except KeyboardInterrupt:
         save_checkpoint(run_dir, done, policy, optimizer)
         print(f"\nstopped after step {done}, which is saved; go on with\n"
               f"    python one_shot_rlvr.py --output-dir {run_dir} --resume")
         sys.exit(130)
     except torch.OutOfMemoryError:
-        sys.exit(f"error: out of GPU memory while {phase} in step {done + 1}; the last checkpoint is whole. Sampling "
+        sys.exit(f"error: out of GPU memory while {phase}, after step {done}; the last checkpoint is whole. Sampling "
                  "needs less with a lower --slots, updating with a lower --token-budget, --activation-checkpointing "
                  "or --offload-optimizer; then --resume")
     final = run_dir / f"step-{config.steps:06d}"

@@ -62,7 +62,7 @@ def run_flags(folder, output_dir, *more):
 
 
 def read_jsonl(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture
@@ -645,6 +645,28 @@ def test_bf16_copy_keeps_the_rotary_frequencies(model):
     assert not any(p.requires_grad for p in twin.parameters())
 
 
+def test_in_bf16_the_kl_starts_at_zero(folder, tmp_path, easy_reward):
+    """An all-bf16 reference differs from a policy under autocast by rounding: a KL above 0 before anything is learned."""
+    rl.main(run_flags(folder, tmp_path / "run", "--precision", "bf16", "--kl-coef", "0.1"))
+    kl = [row["kl"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert kl[0] == 0 and kl[-1] > 1e-4
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "step-000004", dtype="auto")
+    assert saved.dtype == torch.bfloat16                                                          # what was sampled from
+
+
+def test_a_model_that_caps_its_logits_is_refused(model, monkeypatch):
+    rl.check_head(model, PROMPTS[1])
+    forward = model.forward
+
+    def capped(**kwargs):
+        output = forward(**kwargs)
+        output.logits = torch.tanh(output.logits)
+        return output
+    monkeypatch.setattr(model, "forward", capped)
+    with pytest.raises(SystemExit):
+        rl.check_head(model, PROMPTS[1])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. and 8. The run: settings, files, resume, interrupts
 # ----------------------------------------------------------------------------------------------------------------------
@@ -669,8 +691,8 @@ def test_flags_win_over_the_preset_and_underscores_are_accepted():
 @pytest.mark.parametrize("flags, words", [
     (["--group-size", "1"], "--group-size 1"), (["--temperature", "0"], "--temperature 0"), (["--temperature", "nan"], "--temperature nan"),
     (["--steps", "many"], "--steps"), (["--updates-per-batch", "3"], "--updates-per-batch 3"), (["--example", "pi99"], "pi99"),
-    (["--reward", "maybe"], "--reward"), (["--learning-rate", "-1"], "--learning-rate -1"), (["--eval-every", "5"], "--eval"),
-    (["--example", "pi1", "pi2", "--answer", "4"], "--answer 4"), (["--lerning-rate", "1"], "--lerning-rate"),
+    (["--reward", "maybe"], "--reward"), (["--learning-rate", "-1"], "--learning-rate -1"), (["--eval-every", "5"], "--eval"), (["--eval", "tiny_add"], "--eval tiny_add"),
+    (["--example", "pi1", "pi2", "--answer", "4"], "--answer"), (["--lerning-rate", "1"], "--lerning-rate"),
     (["--model", "no/such/folder"], "no/such/folder"), (["--resume"], "--resume"), (["--max-prompt-tokens", "3"], "--max-prompt-tokens 3")])
 def test_bad_input_gets_one_sentence_and_exit_code_2(flags, words, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -734,6 +756,31 @@ def test_more_steps_after_the_end(folder, tmp_path, easy_reward):
     rl.main(run_flags(folder, tmp_path / "run", "--steps", 2))
     rl.main(["--output-dir", str(tmp_path / "run"), "--resume", "--steps", "4"])
     assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+
+
+def test_flags_given_with_resume_are_used(folder, tmp_path, easy_reward):
+    """load_state_dict restores the old learning rate too: config.json would then show one that is not used."""
+    rl.main(run_flags(folder, tmp_path / "run", "--steps", 2))
+    rl.main(["--output-dir", str(tmp_path / "run"), "--resume", "--steps", "3", "--learning-rate", "1e-30", "--weight-decay", "0"])
+    assert same_weights(tmp_path / "run" / "step-000002", tmp_path / "run" / "step-000003")
+    with pytest.raises(SystemExit):
+        rl.main(["--output-dir", str(tmp_path / "run"), "--resume", "--preset", "24gb"])
+
+
+def test_rows_with_line_separators_survive_a_resume(tmp_path):
+    rows = [{"step": 1, "text": "a\u2028b\x85c\nd"}, {"step": 2, "text": ""}]
+    rl.append_rows(tmp_path / "samples.jsonl", rows)
+    assert rl.forget_rows_after(tmp_path / "samples.jsonl", 1) == rows[:1] == read_jsonl(tmp_path / "samples.jsonl")
+
+
+def test_evaluation_while_training(folder, tmp_path, easy_reward):
+    (tmp_path / "my.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n')
+    flags = run_flags(folder, tmp_path / "run", "--eval", tmp_path / "my.jsonl", "--eval-every", "2")
+    rl.main(flags)
+    evals = {row["step"]: row["eval"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "eval" in row}
+    assert list(evals) == [0, 2, 4] and set(evals[0]) == {str(tmp_path / "my.jsonl"), "average"}
+    rl.main([*flags, "--resume", "--steps", "6"])
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
 
 
 def test_offloaded_optimizer_makes_the_same_update(folder, tmp_path, easy_reward):
@@ -845,7 +892,7 @@ def test_pass_at_k_equals_brute_force():
 
 def test_standard_error_by_hand():
     assert evaluate.standard_error([0, 1, 1, 0]) == pytest.approx(math.sqrt((4 * 0.25 / 3) / 4))
-    assert math.isnan(evaluate.standard_error([1.0]))
+    assert evaluate.standard_error([1.0]) is None
 
 
 def test_rows_of_every_layout():
@@ -870,6 +917,19 @@ def test_evaluate_counts_what_it_samples(folder, monkeypatch, tmp_path):
                         "truncated": 0.25, "mean_length": np.mean([len(i) for i in ids]), "self_reflection": 0.25}
     assert result["average"] == 0.5
     assert [row["extracted"] for row in read_jsonl(tmp_path / "r.jsonl")] == ["4", "5", None, "4"]
+
+
+def test_an_evaluation_is_not_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "my.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n')
+    flags = ["--model", str(folder), "--benchmarks", str(tmp_path / "my.jsonl"), "--max-response-tokens", "4", "--output", str(tmp_path / "e.json")]
+    evaluate.main(flags)
+    before = (tmp_path / "e.json").read_text(), (tmp_path / "e.jsonl").read_text()
+    assert json.loads(before[0])["benchmarks"][str(tmp_path / "my.jsonl")]["n"] == 1
+    evaluate.main(flags)
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags, "--k", "2", "--temperature", "1"])
+    assert "another --output" in capsys.readouterr().err
+    assert before == ((tmp_path / "e.json").read_text(), (tmp_path / "e.jsonl").read_text())
 
 
 @pytest.mark.parametrize("flags, words", [(["--benchmarks", "nope"], "nope"), (["--limit", "0"], "--limit 0"), (["--k", "4"], "greedy"),
