@@ -116,8 +116,8 @@ class Config:
     learning_rate: float = setting(1e-6, "update", "of AdamW, constant [C]")
     weight_decay: float = setting(0.01, "update", "of AdamW [C]")
     grad_clip: float = setting(1.0, "update", "largest norm of the gradient [C]")
-    token_budget: int = setting(6144, "update", "tokens of a micro-batch; bounds memory, changes no result")
-    activation_checkpointing: bool = setting(False, "update", "compute activations again in backward, to save memory")
+    token_budget: int = setting(8192, "update", "tokens of a micro-batch; bounds memory, changes no result")
+    activation_checkpointing: bool = setting(True, "update", "compute activations again in backward: less memory [C]")
     offload_optimizer: bool = setting(False, "update", "keep AdamW's 8 bytes a parameter in host memory")
     precision: str = setting("auto", "update", "of matrix products; auto is bf16 on CUDA, fp32 on a CPU",
                              ["auto", "bf16", "fp32"])
@@ -127,9 +127,9 @@ TINY_BASE = "runs/tiny-base"
 PRESETS = {
     "paper": {},
     "24gb": dict(prompts_per_step=32, max_response_tokens=2048, slots=64, kl_coef=0.0, token_budget=3072,
-                 activation_checkpointing=True, offload_optimizer=True),
+                 offload_optimizer=True),
     "tiny": dict(model=TINY_BASE, example=["tiny-add"], steps=60, save_every=20, prompts_per_step=16,
-                 max_response_tokens=64, slots=128, learning_rate=1e-4),
+                 max_response_tokens=64, slots=128, learning_rate=1e-4, activation_checkpointing=False),
 }
 
 
@@ -457,7 +457,7 @@ def group_advantages(rewards, group_size, scale=True):
 # 5. Loss: log-probabilities, then clipped policy gradient + KL - entropy
 # ----------------------------------------------------------------------------------------------------------------------
 
-def token_logprobs(model, prompts, responses, temperature, chunk=1024):
+def token_logprobs(model, prompts, responses, temperature, chunk=512):
     """Log-probability and entropy of every response token -> logprobs, entropy, mask, each (B, T) and 0 after the end.
 
     Rows are prompt + response, padded on the right with any token: a causal model never looks there. The mask goes by
@@ -692,8 +692,8 @@ def write_json(path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def append_rows(path, rows) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+def append_rows(path, rows, mode="a") -> None:
+    with open(path, mode, encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -705,8 +705,7 @@ def forget_rows_after(path, step) -> list:
         with contextlib.suppress(ValueError):
             rows += [row] if (row := json.loads(line))["step"] <= step else []
     with atomically(path) as temporary:
-        temporary.touch()
-        append_rows(temporary, rows)
+        append_rows(temporary, rows, mode="w")
     return rows
 
 

@@ -770,6 +770,7 @@ def test_flags_given_with_resume_are_used(folder, tmp_path, easy_reward):
 def test_rows_with_line_separators_survive_a_resume(tmp_path):
     rows = [{"step": 1, "text": "a\u2028b\x85c\nd"}, {"step": 2, "text": ""}]
     rl.append_rows(tmp_path / "samples.jsonl", rows)
+    (tmp_path / "samples.jsonl.tmp").write_text("left by a kill")
     assert rl.forget_rows_after(tmp_path / "samples.jsonl", 1) == rows[:1] == read_jsonl(tmp_path / "samples.jsonl")
 
 
