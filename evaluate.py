@@ -29,7 +29,7 @@ import torch
 
 from labs import tiny
 from one_shot_rlvr import (EVAL_SYSTEM, TINY_BASE, append_rows, encode_prompt, extract_boxed, fail, find_stop_ids,
-                           generate, is_correct, load_model, read_rows, write_json)
+                           generate, indented, is_correct, load_model, read_rows, write_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def load_benchmark(name, data_dir=None) -> list:
             benchmark.append(problem_and_answer(row))
         except (KeyError, TypeError, IndexError) as error:
             fail(f"{name}, row {number}: no problem and answer ({error!r} is missing)")
-    return benchmark
+    return benchmark or fail(f"{name}: no problems in it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,6 +207,9 @@ def main(argv=None) -> None:
         return print_table(result)
     benchmarks = {name: load_benchmark(name, args.data_dir)[:args.limit] for name in names}
     model, tokenizer = load_model(model_name, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    prompt = tokenizer.decode(encode_prompt(tokenizer, benchmarks[names[0]][0]["problem"], EVAL_SYSTEM))
+    stop_ids = find_stop_ids(tokenizer, model.generation_config)
+    print(f"first prompt:\n{indented(prompt)}\na response ends at {[tokenizer.decode(i) for i in stop_ids]}")
     output.parent.mkdir(parents=True, exist_ok=True)
     responses_path = output.with_suffix(".jsonl")
     responses_path.unlink(missing_ok=True)          # left by an evaluation that did not come to its end
