@@ -802,18 +802,18 @@ def test_the_commands_as_a_user_types_them(folder, tmp_path):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 130 and f"--output-dir {run} --resume" in out and "Traceback" not in err, err
     done = torch.load(run / "latest" / "state.pt", weights_only=True)["step"]
     assert done == read_jsonl(run / "metrics.jsonl")[-1]["step"] >= 3
     process = start("one_shot_rlvr.py", "--output-dir", str(run), "--resume", "--steps", str(done + 2))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, done + 3))
     (tmp_path / "my.jsonl").write_text('{"problem": "What is 2 + 2?", "answer": "4"}\n{"problem": "What is 3 + 4?", "answer": 7}\n')
     process = start("evaluate.py", "--model", str(run / f"step-{done + 2:06d}"), "--benchmarks", str(tmp_path / "my.jsonl"), "--limit", "1",
                     "--max-response-tokens", "8", "--output", str(tmp_path / "eval.json"))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0 and "average" in out, err
     assert len(read_jsonl(tmp_path / "eval.jsonl")) == 1
 
