@@ -10,10 +10,10 @@
 3. Tokenizer: Qwen2's kind, byte-level BPE with a token for each digit, trained on these documents.
 4. Pretraining: next-token prediction on all of it. The result is an ordinary Hugging Face folder.
 
-So the base model *has* the skill, being right nearly always when it takes the steps, and takes them in a third of its
-answers. One-shot RLVR can then raise all six benchmarks from one problem, because what it must learn is a preference
-between styles that all tasks share. This shows the mechanism at work. It cannot show that the mechanism is what happens
-in a real model: here the skill, and the fact that it is seldom used, were put in by hand.
+So the base model *has* the skill, being right nearly always when it takes the steps, but takes them and boxes the
+answer two times in five. One-shot RLVR can then raise all six benchmarks from one problem, because what it must learn
+is a preference between styles that all tasks share. This shows the mechanism at work. It cannot show that the mechanism
+is what happens in a real model: here the skill, and the fact that it is seldom used, were put in by hand.
 """
 import argparse
 import math
