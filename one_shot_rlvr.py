@@ -861,7 +861,10 @@ def main(argv=None) -> None:
     done = load_checkpoint(run_dir, policy, optimizer) if config.resume else 0
     copy_weights(policy.parameters(), masters)
     copy_weights(policy.parameters(), sampler.parameters())
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output-dir {run_dir}: cannot be made ({error.strerror})")
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
     forget_rows_after(samples, done)
     logged = forget_rows_after(metrics, done)

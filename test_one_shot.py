@@ -703,6 +703,13 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(flags, words, folder, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_folder_that_cannot_be_made(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        rl.main(run_flags(folder, tmp_path / "file" / "run"))
+    assert stop.value.code == 2 and "cannot be made" in capsys.readouterr().err
+
+
 def test_a_run_leaves_its_files_and_is_never_overwritten(folder, tmp_path, capsys, easy_reward):
     rl.main(run_flags(folder, tmp_path / "run"))
     out = capsys.readouterr().out
