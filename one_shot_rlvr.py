@@ -405,16 +405,22 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
 # 3. Reward: is the last boxed answer the right one?
 # ----------------------------------------------------------------------------------------------------------------------
 
+BOX, BRACE = re.compile(r"\\boxed *\{"), re.compile(r"\\[{}\\]|[{}]")              # \{ and \} are printed, no groups
+
+
 def extract_boxed(text):
-    r"""Content of the last complete \boxed{...} of a text, or None. Linear: no brace is counted twice."""
-    end = len(text)
-    for box in reversed(list(re.finditer(r"\\boxed *\{", text))):
-        depth, start = 1, box.end()
-        for brace in re.finditer(r"\\[{}\\]|[{}]", text[start:end]):            # \{ and \} are printed, not groups
+    r"""Content of the last complete \boxed{...} of a text, or None. Linear time; no answer has 10,000 characters."""
+    place = end = len(text)
+    while (place := text.rfind("\\boxed", 0, place)) >= 0:
+        opening = BOX.match(text, place)
+        if not opening:
+            continue
+        depth, start = 1, opening.end()
+        for brace in BRACE.finditer(text, start, min(end, start + 10_000)):
             depth += (brace[0] == "{") - (brace[0] == "}")
             if depth == 0:
-                return text[start:start + brace.start()]
-        end = box.start()           # this box never closes, so an earlier one that is open here never closes either
+                return text[start:brace.start()]
+        end = place                 # this box never closes, so an earlier one that is open here never closes either
     return None
 
 
