@@ -200,8 +200,8 @@ EVAL_SYSTEM = "Please reason step by step, and put your final answer within \\bo
 
 
 def read_rows(path):
-    """The rows of a .jsonl file, or the content of a .json file; what is broken is named by its line."""
-    rows, by_line = [], str(path).endswith(".jsonl")
+    """The rows of a .jsonl file as {line number: row}, or the content of a .json file; names the line that is broken."""
+    rows, by_line = {}, str(path).endswith(".jsonl")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -209,10 +209,10 @@ def read_rows(path):
     for number, line in enumerate(text.split("\n") if by_line else [text], 1):
         try:
             if line.strip() or not by_line:
-                rows.append(json.loads(line))
+                rows[number] = json.loads(line)
         except ValueError as error:
             fail(f"{path}, line {number}: not JSON ({error})")
-    return rows if by_line else rows[0]
+    return rows if by_line else rows[1]
 
 
 def load_examples(names, answer="") -> list:
@@ -321,39 +321,63 @@ class SlotCache:
                 store[target, :length] = store[source, :length]
 
 
-def sample_tokens(logits, temperature, noise):
+def sample_tokens(logits, temperatures, noise):
     """Draw one token a row from softmax(logits / temperature): logits (n, V), noise (n,) uniform in [0, 1) -> (n,).
 
     The token is the one in which the cumulative distribution passes the noise: unlike torch.multinomial, a draw then
-    does not depend on the rows beside it. Temperature 0 takes the largest logit.
+    does not depend on the rows beside it. temperatures: (n,); a row of temperature 0 takes the largest logit.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)                     # (n, V)
-    noise = noise[:, None] * cumulative[:, -1:]                     # rounding keeps the last from being exactly 1
-    return torch.searchsorted(cumulative, noise, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    tokens, drawn = logits.argmax(-1), temperatures.nonzero().squeeze(1)
+    if len(drawn):
+        scaled = logits[drawn].float() / temperatures[drawn, None]
+        cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)                                         # (n, V)
+        target = noise[drawn, None] * cumulative[:, -1:]                # rounding keeps the last from being exactly 1
+        tokens[drawn] = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    return tokens
 
 
-@torch.no_grad()
 def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slots=None, generator=None):
     """Sample one response to each prompt (lists of token ids, in that order; the stop token is included).
 
-    At most `slots` rows are sampled at a time, all of them by default. When a row ends, the last row moves into the gap
-    and the next prompt takes the place behind it: the work follows the tokens that are sampled, and nobody waits for
-    the longest response. Equal prompts are prefilled once; a place that held the prompt before needs nothing, any other
-    copies it. Each rollout has a row of noise of its own, drawn before the first token, so `slots` changes the speed
-    and not the responses (but for rounding in the model's matrix products).
+    At most `slots` rows are sampled at a time, all of them by default. temperature 0 is greedy. Each rollout has a row
+    of noise of its own, drawn from `generator` before the first token, so `slots` changes the speed and not the
+    responses (but for rounding in the model's matrix products).
+    """
+    N = len(prompts)
+    noise = torch.rand(N, max_response_tokens, dtype=torch.float64, generator=generator,
+                       device=generator.device if generator else "cpu")
+    responses, sampled = [None] * N, 0
+    with tqdm(total=N, desc="rollouts", leave=False, disable=None) as progress:
+        for running, ended in generate_each(model, prompts, N * [max_response_tokens], N * [temperature], noise,
+                                            stop_ids, slots):
+            for i, responses[i] in ended:
+                progress.update()
+            sampled += running
+            progress.set_postfix_str(f"{sampled:,} tokens, {running} rows running")
+    return responses
+
+
+@torch.no_grad()
+def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=None):
+    """Sample prompt i up to limits[i] tokens at temperatures[i], its t-th token by noise[i, t]; yield as they end.
+
+    After each step, in which every running row got one token, it yields how many rows these were and the responses that
+    ended, [(i, token ids), ...]. When a row ends, the last row moves into the gap and the next prompt takes the place
+    behind it: the work follows the tokens that are sampled, and nobody waits for the longest response. Prompts start in
+    the order given, but equal ones together, because they are prefilled once: a place that held the prompt before needs
+    nothing, any other copies it.
     """
     if not all(prompts):
         raise ValueError("an empty prompt: there is no token to predict from")
     model.eval()            # nothing ever calls train() again: no dropout, neither here nor in the update
-    device, stop_ids = model.device, set(stop_ids)
-    waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))       # equal prompts side by side
-    noise = torch.rand(len(prompts), max_response_tokens, dtype=torch.float64, generator=generator,
-                       device=generator.device if generator else "cpu").to(device)
+    device, stop_ids, noise = model.device, set(stop_ids), noise.to(model.device)
+    temperatures, first = torch.tensor(temperatures, device=device), {}
+    for i, prompt in enumerate(prompts):
+        first.setdefault(tuple(prompt), i)
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: first[tuple(prompts[i])]))
     sequences = [list(prompt) for prompt in prompts]        # prompt and response so far; the last token is fed next
     slots = min(slots or len(prompts), len(prompts))
-    cache = SlotCache(slots, max(map(len, prompts), default=0) + max_response_tokens)
+    cache = SlotCache(slots, max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0))
     running = []            # the rollout in each row
     held = {}               # the prompt whose keys and values stand in each row, also after its rollout has ended
 
@@ -374,7 +398,6 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
             cache.copy(source, row, len(prompt) - 1)
         held[row] = prompt
 
-    progress = tqdm(total=len(prompts), desc="rollouts", leave=False, disable=None, miniters=0)
     while waiting or running:
         while waiting and len(running) < slots:
             running.append(waiting.popleft())
@@ -383,22 +406,20 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
         tokens = torch.tensor([[sequences[i][-1]] for i in running], device=device)                             # (n, 1)
         positions = torch.tensor([[len(sequences[i]) - 1] for i in running], device=device)                     # (n, 1)
         logits = forward(slice(0, len(running)), tokens, positions)                                             # (n, V)
-        sampled = sample_tokens(logits, temperature, noise[running, made]).tolist()
+        sampled = sample_tokens(logits, temperatures[running], noise[running, made]).tolist()
         ended = []
         for row, token in enumerate(sampled):
             sequences[running[row]].append(token)
-            if token in stop_ids or made[row] + 1 == max_response_tokens:
+            if token in stop_ids or made[row] + 1 == limits[running[row]]:
                 ended.append(row)
+        finished = [(running[row], sequences[running[row]][len(prompts[running[row]]):]) for row in ended]
         for row in reversed(ended):             # from the last, so that the row moved into a gap is one that goes on
             last = len(running) - 1
             if row != last:
                 cache.copy(last, row, len(sequences[running[last]]) - 1)
                 running[row], held[row] = running[last], held[last]
             running.pop()
-        progress.set_postfix_str(f"{np.mean(made):.0f} tokens, {len(running)} running", refresh=False)
-        progress.update(len(ended))
-    progress.close()
-    return [sequence[len(prompt):] for sequence, prompt in zip(sequences, prompts)]
+        yield len(sampled), finished
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -693,6 +714,13 @@ def peak_memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else math.nan
 
 
+def make_folder(path, flag) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{flag} {path}: cannot be made ({error.strerror})")
+
+
 def write_json(path, value) -> None:
     with atomically(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -703,13 +731,19 @@ def append_rows(path, rows, mode="a") -> None:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def forget_rows_after(path, step) -> list:
-    """Drop rows of steps after the checkpoint, which are done again, and a line that a kill cut short -> the rest."""
+def read_log(path) -> list:
+    """The rows of a .jsonl file that a program was writing; a last line that a kill cut short is left out."""
     rows = []
     # split("\n"), because splitlines would also cut a response at U+2028
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
-            rows += [row] if (row := json.loads(line))["step"] <= step else []
+            rows.append(json.loads(line))
+    return rows
+
+
+def keep_rows(path, wanted=lambda row: True) -> list:
+    """Drop the rows that are not wanted, which are made again, and a line cut short -> the rows left."""
+    rows = list(filter(wanted, read_log(path)))
     with atomically(path) as temporary:
         append_rows(temporary, rows, mode="w")
     return rows
@@ -846,8 +880,8 @@ def main(argv=None) -> None:
         fail(f"{run_dir} already holds a run: go on with it by --resume, or name another --output-dir")
     examples, benchmarks = load_examples(config.example, config.answer), {}
     if config.eval_every:
-        from evaluate import load_benchmark
-        benchmarks = {name: load_benchmark(name) for name in config.eval}
+        from evaluate import load_benchmarks
+        benchmarks = load_benchmarks(config.eval)
     policy, tokenizer = load_model(config.model)
     device, bf16 = policy.device, uses_bf16(policy.device, config)
     examples = with_prompts(examples, config, tokenizer)
@@ -867,13 +901,11 @@ def main(argv=None) -> None:
     done = load_checkpoint(run_dir, policy, optimizer) if config.resume else 0
     copy_weights(policy.parameters(), masters)
     copy_weights(policy.parameters(), sampler.parameters())
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output-dir {run_dir}: cannot be made ({error.strerror})")
+    make_folder(run_dir, "--output-dir")
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
-    forget_rows_after(samples, done)
-    logged = forget_rows_after(metrics, done)
+    until_checkpoint = lambda row: row["step"] <= done
+    keep_rows(samples, until_checkpoint)
+    logged = keep_rows(metrics, until_checkpoint)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     write_json(run_dir / "config.json", {**asdict(config), "prompt": tokenizer.decode(examples[0]["prompt"]),
                                          "stop_ids": stop_ids, "device": str(device), "versions": versions})
@@ -944,8 +976,11 @@ def main(argv=None) -> None:
 # Appendix to section 3: when are two answers the same?
 # ----------------------------------------------------------------------------------------------------------------------
 
-def equivalent(given, gold) -> bool:
-    """Are two answers the same, up to spelling and value? Both are normalised, then compared; never raises."""
+def equivalent(given, gold, rel_tol=0) -> bool:
+    """Are two answers the same, up to spelling and value? Both are normalised, then compared; never raises.
+
+    rel_tol: how far apart two values may be, relative to the larger; the reward allows nothing.
+    """
     if given == gold:
         return True
     # the longest answer of the benchmarks has 210 characters; a limit keeps hostile ones from costing time
@@ -955,7 +990,7 @@ def equivalent(given, gold) -> bool:
     for pattern, replacement in NORMALIZATIONS:
         given, gold = pattern.sub(replacement, given), pattern.sub(replacement, gold)
     try:
-        return same_answer(given.strip(), gold.strip())
+        return same_answer(given.strip(), gold.strip(), rel_tol)
     except UNREADABLE:
         return False
 
@@ -1110,7 +1145,7 @@ def value_of(text, point):
     return value(ast.parse(source, mode="eval").body)
 
 
-def same_answer(given, gold):
+def same_answer(given, gold, rel_tol):
     """Are two normalised answers the same text, or the same elements in the same order, or the same value?"""
     if plain(given) == plain(gold):
         return given != ""
@@ -1120,19 +1155,21 @@ def same_answer(given, gold):
     if kind != gold_kind or len(given_parts) != len(gold_parts):
         return False
     if kind:
-        return all(map(same_answer, given_parts, gold_parts))
+        return all(same_answer(*pair, rel_tol) for pair in zip(given_parts, gold_parts))
     if given.count("=") == gold.count("=") == 1:
-        return all(map(same_answer, given.split("="), gold.split("=")))
+        return all(same_answer(*pair, rel_tol) for pair in zip(given.split("="), gold.split("=")))
     (given, *unit), (gold, *gold_unit) = (re.split(r"\\unit\{(.*)\}$", text)[:2] for text in given_parts + gold_parts)
     if unit and gold_unit and unit[0][0] != gold_unit[0][0]:         # cm is centimeters, but neither km nor meters
         return False
     if plain(given) == plain(gold):
         return given != ""
-    return all(same_value(value_of(given, point), value_of(gold, point)) for point in (0, 1))
+    return all(same_value(value_of(given, point), value_of(gold, point), rel_tol) for point in (0, 1))
 
 
-def same_value(x, y):
+def same_value(x, y, rel_tol):
     """Fractions to the last digit, irrational numbers to the eleventh; no fraction is a root or a multiple of pi."""
+    if rel_tol:
+        return cmath.isclose(x, y, rel_tol=rel_tol)
     if isinstance(x, Fraction) or isinstance(y, Fraction):
         return type(x) == type(y) and x == y
     return cmath.isfinite(x) and cmath.isclose(x, y, rel_tol=1e-11)

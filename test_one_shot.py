@@ -201,10 +201,10 @@ def test_sampling_follows_the_softmax():
     logits = torch.tensor([[1.0, 0.0, -2.0, 3.0, -1e9]]).expand(200_000, -1)
     noise = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature in (0.6, 1.0):
-        share = rl.sample_tokens(logits, temperature, noise).bincount(minlength=5) / 200_000
+        share = rl.sample_tokens(logits, torch.full((200_000,), temperature), noise).bincount(minlength=5) / 200_000
         assert torch.allclose(share, (logits[0] / temperature).softmax(-1), atol=4e-3)
         assert share[4] == 0
-    edge = rl.sample_tokens(logits[:2], 1.0, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    edge = rl.sample_tokens(logits[:2], torch.ones(2), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert edge.tolist() == [0, 3]                      # a token of probability 0 is not drawn, not even at the edges
 
 
@@ -557,9 +557,9 @@ def test_sampled_tokens_are_scored_as_they_were_sampled(model):
     seen, real = [], rl.sample_tokens
     responses = None
 
-    def recording(logits, temperature, noise):
-        token = real(logits, temperature, noise)
-        seen.append((logits / temperature).log_softmax(-1)[range(len(token)), token])
+    def recording(logits, temperatures, noise):
+        token = real(logits, temperatures, noise)
+        seen.append((logits / temperatures[:, None]).log_softmax(-1)[range(len(token)), token])
         return token
     rl.sample_tokens, old = recording, rl.sample_tokens
     try:
@@ -778,7 +778,7 @@ def test_rows_with_line_separators_survive_a_resume(tmp_path):
     rows = [{"step": 1, "text": "a\u2028b\x85c\nd"}, {"step": 2, "text": ""}]
     rl.append_rows(tmp_path / "samples.jsonl", rows)
     (tmp_path / "samples.jsonl.tmp").write_text("left by a kill")
-    assert rl.forget_rows_after(tmp_path / "samples.jsonl", 1) == rows[:1] == read_jsonl(tmp_path / "samples.jsonl")
+    assert rl.keep_rows(tmp_path / "samples.jsonl", lambda row: row["step"] <= 1) == rows[:1] == read_jsonl(tmp_path / "samples.jsonl")
 
 
 def test_evaluation_while_training(folder, tmp_path, easy_reward):
@@ -786,7 +786,7 @@ def test_evaluation_while_training(folder, tmp_path, easy_reward):
     flags = run_flags(folder, tmp_path / "run", "--eval", tmp_path / "my.jsonl", "--eval-every", "2")
     rl.main(flags)
     evals = {row["step"]: row["eval"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "eval" in row}
-    assert list(evals) == [0, 2, 4] and set(evals[0]) == {str(tmp_path / "my.jsonl"), "average"}
+    assert list(evals) == [0, 2, 4] and set(evals[0]) == {"my", "average"}
     rl.main([*flags, "--resume", "--steps", "6"])
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
 
@@ -880,6 +880,47 @@ def test_tiny_tokenizer_survives_saving_under_the_models_name(tmp_path):
 # Evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("name, row, problem, answer", [
+    ("math500", {"problem": "p", "solution": "\\boxed{2}", "answer": "1", "subject": "Algebra", "level": 2}, "p", "1"),
+    ("aime24", {"id": 60, "problem": "p", "solution": "$\\boxed{204}$", "answer": "204", "question": "q"}, "q", "204"),
+    ("aime24", {"id": 60, "problem": "p", "solution": "$\\boxed{204}$", "url": ""}, "p", "204"),
+    ("aime25", {"problem": "p", "answer": "70"}, "p", "70"),
+    ("amc23", {"id": 0, "problem": "old", "answer": 27.0, "question": "q"}, "q", "27.0"),
+    ("minerva_math", {"problem": "p", "solution": "first \\boxed{1}, so \\boxed{\\frac{1}{2}}.", "type": "", "idx": 0}, "p", "\\frac{1}{2}"),
+    ("minerva_math", {"question": "q", "answer": "4.5e33"}, "q", "4.5e33"),
+    ("olympiadbench", {"context": None, "question": "q", "solution": [""], "final_answer": ["$3$", "4"]}, "q", "$3$"),
+    ("olympiadbench", {"context": "Let x.", "question": "q", "final_answer": ["3"]}, "Let x.\nq", "3")])
+def test_loaders_on_each_layout(tmp_path, monkeypatch, name, row, problem, answer):
+    """Each of the paper's files and each hub set: the same rows from either."""
+    (tmp_path / f"{name}.jsonl").write_text("\n" + json.dumps(row) + "\n")
+    local = evaluate.load_benchmark(name, tmp_path)
+    assert local == evaluate.load_benchmark(str(tmp_path / f"{name}.jsonl"))
+    assert (local[0]["problem"], local[0]["answer"]) == (problem, answer) and local[0].get("subject") == row.get("subject")
+    import datasets
+    seen = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: seen.append((args, kwargs)) or [row])
+    assert evaluate.load_benchmark(name) == local
+    assert seen == [((evaluate.BENCHMARKS[name].source,), {"split": "test"})]
+
+
+@pytest.mark.parametrize("lines, words", [
+    ('{"problem": "p", "answer": 1}\n\n{"problem": "p"}', "line 3"), ('{"problem": "p", "answer": 1}\n{"prob', "line 2"), ("[1]", "line 1"),
+    ('{"problem": "p", "solution": "no box"}', "line 1"), ("", "no problems"), ('{"question": "", "answer": 1}', "line 1")])
+def test_a_broken_file_is_named_by_its_line(tmp_path, capsys, lines, words):
+    (tmp_path / "my.jsonl").write_text(lines)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.load_benchmark(str(tmp_path / "my.jsonl"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error and "my.jsonl" in error
+
+
+def test_the_papers_protocol():
+    assert {name: evaluate.protocol(name) for name in evaluate.BENCHMARKS} == {
+        "math500": (1, 0.0), "aime24": (8, 0.6), "amc23": (8, 0.6), "minerva_math": (1, 0.0), "olympiadbench": (1, 0.0), "aime25": (8, 0.6)}
+    assert evaluate.protocol("my") == (1, 0.0) and evaluate.protocol("tiny_add") == (4, 0.6)
+    assert evaluate.protocol("aime24", temperature=0.0) == (1, 0.0) and evaluate.protocol("my", 16, 1.0) == (16, 1.0)
+
+
 def test_pass_at_k_equals_brute_force():
     for n, right, k in itertools.product(range(1, 7), range(7), range(1, 7)):
         if right <= n and k <= n:
@@ -893,47 +934,190 @@ def test_standard_error_by_hand():
     assert evaluate.standard_error([1.0]) is None
 
 
-def test_rows_of_every_layout():
-    both = evaluate.problem_and_answer
-    assert both({"problem": "p", "answer": 27.0})["answer"] == "27.0"
-    assert both({"problem": "old", "question": "q", "answer": "1", "solution": "\\boxed{2}"}) == {"problem": "q", "answer": "1"}
-    assert both({"problem": "p", "solution": "first \\boxed{1}, so \\boxed{\\frac{1}{2}}."})["answer"] == "\\frac{1}{2}"
-    assert both({"question": "q", "context": "Let x.", "final_answer": ["$3$", "4"]}) == {"problem": "Let x.\nq", "answer": "$3$"}
-    assert both({"problem": "p", "answer": "a", "subject": "Algebra", "level": 3})["subject"] == "Algebra"
+def checked_rows(right, name="x", **more):
+    """Rows as sample_and_check makes them: right is a list of samples a problem."""
+    return [{"benchmark": name, "problem": number, "sample": sample, "temperature": 0.6, "question": f"q{number}", "answer": "4", "text": "recheck" * ok,
+             "extracted": "4" if ok else None, "correct": ok, "correct_lenient": True, "tokens": 10 + sample, "truncated": not ok, "too_long": False,
+             **{key: values[number] for key, values in more.items()}} for number, samples in enumerate(right) for sample, ok in enumerate(samples)]
 
 
-def test_evaluate_counts_what_it_samples(folder, monkeypatch, tmp_path):
-    model, tokenizer = rl.load_model(str(folder))
-    texts = ["It is \\boxed{4}.", "Let me recheck: \\boxed{5}", "4", "\\boxed{4}"]
-    ids = [tokenizer(t, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for t in texts]
-    ids[2] = ids[2][:-1]                                                                            # cut before its end
-    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: ids)
-    rows = [{"problem": "2+2?", "answer": "4"}, {"problem": "8/2?", "answer": "4"}]
-    result = evaluate.evaluate(model, tokenizer, {"x.jsonl": rows}, k=2, temperature=0.6, responses_path=tmp_path / "r.jsonl")
-    measures = result["benchmarks"]["x.jsonl"]
-    assert measures == {"n": 2, "k": 2, "temperature": 0.6, "avg_at_k": 0.5, "stderr": 0.0, "pass_at_k": 1.0, "boxed": 0.75,
-                        "truncated": 0.25, "mean_length": np.mean([len(i) for i in ids]), "self_reflection": 0.25}
-    assert result["average"] == 0.5
-    assert [row["extracted"] for row in read_jsonl(tmp_path / "r.jsonl")] == ["4", "5", None, "4"]
+def test_measures_by_hand():
+    rows = checked_rows([[True, True, False, False], [False, False, False, True], [True] * 4], level=[1, 2, 1])
+    rows[1]["extracted"] = " "                                                                   # an empty box boxes nothing
+    m = evaluate.measure(rows)
+    assert (m["n"], m["k"], m["temperature"]) == (3, 4, 0.6)
+    assert m["avg_at_k"] == pytest.approx((0.5 + 0.25 + 1) / 3) and m["pass_at_k"] == 1
+    assert m["stderr"] == pytest.approx(np.std([0.5, 0.25, 1], ddof=1) / math.sqrt(3))
+    assert m["pass_at"] == pytest.approx({1: m["avg_at_k"], 2: (5 / 6 + 1 / 2 + 1) / 3, 4: 1})
+    assert m["lenient"]["avg_at_k"] == 1 and m["lenient"]["stderr"] == 0
+    assert (m["boxed"], m["truncated"], m["mean_length"], m["self_reflection"]) == pytest.approx((6 / 12, 5 / 12, 11.5, 7 / 12))
+    result = evaluate.measure_all(rows + checked_rows([[False]], "y"), ["y", "x"], by="level")
+    assert list(result["benchmarks"]) == ["y", "x"] and result["average"] == pytest.approx(m["avg_at_k"] / 2)
+    assert {level: g["avg_at_k"] for level, g in result["benchmarks"]["x"]["by_level"].items()} == {1: 0.75, 2: 0.25}
+    assert result["benchmarks"]["y"]["stderr"] is None and result["benchmarks"]["y"]["by_level"] == {}
 
 
-def test_an_evaluation_is_not_overwritten(folder, tmp_path, capsys):
-    (tmp_path / "my.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n')
-    flags = ["--model", str(folder), "--benchmarks", str(tmp_path / "my.jsonl"), "--max-response-tokens", "4", "--output", str(tmp_path / "e.json")]
-    evaluate.main(flags)
-    before = (tmp_path / "e.json").read_text(), (tmp_path / "e.jsonl").read_text()
-    assert json.loads(before[0])["benchmarks"][str(tmp_path / "my.jsonl")]["n"] == 1
-    evaluate.main(flags)
+@pytest.mark.parametrize("response, answer, strict, lenient", [
+    (r"It is \boxed{4}.", "4", True, True), ("So 3 + 1 gives 4.", "4", False, True), ("It is 4, not 5.", "4", False, False),
+    ("The answer is 12.8 mph", "12.8", False, True), ("The final answer is: $12.8$.", "12.8", False, True), (r"cut short: \boxed{12.8", "12.8", False, True),
+    (r"\boxed{4} or \boxed{5", "4", True, False), (r"\boxed{1.33333}", r"\frac43", False, True), (r"\boxed{1.333}", r"\frac43", False, False),
+    (r"\boxed{0.5}", "50", False, True), (r"\boxed{0.5}", r"50\%", False, True), (r"\boxed{5000}", "50", False, True), (r"\boxed{500}", "50", False, False),
+    (r"\boxed{1.41421}", r"\sqrt2", False, True), (r"\boxed{(0.33333, 2)}", r"(\frac13,2)", False, True), (r"\boxed{7,5,3}", "3,5,7", False, False),
+    ("It is 1,234.", "1234", False, True), ("", "4", False, False), ("no number", "4", False, False), (r"\boxed{}", "4", False, False), ("4", r"\boxed{4}", False, True)])
+def test_the_lenient_verdict_of_the_papers_evaluation(response, answer, strict, lenient):
+    assert rl.is_correct(response, answer) is strict and evaluate.is_correct_lenient(response, answer) is lenient
+
+
+MY_PROBLEMS = [{"problem": f"What is {a} + {b}?", "answer": a + b, "level": a % 2} for a, b in [(2, 2), (3, 4), (11, 5), (20, 6), (1, 1)]]
+
+
+@pytest.fixture
+def my_flags(folder, tmp_path):
+    """An evaluation of a random model on five problems of one's own and on one more set, three samples each."""
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, MY_PROBLEMS)))
+    (tmp_path / "more.jsonl").write_text(json.dumps(MY_PROBLEMS[2]))
+    return lambda *more: ["--model", str(folder), "--benchmarks", "my.jsonl", "more.jsonl", "--data-dir", str(tmp_path), "--k", "3", "--temperature", "1",
+                          "--max-response-tokens", "16", "--output", str(tmp_path / "e.json"), *map(str, more)]
+
+
+def responses_in(path):
+    return sorted(read_jsonl(path), key=lambda row: (row["benchmark"], row["problem"], row["sample"]))
+
+
+def test_slots_and_interruptions_change_no_response(my_flags, tmp_path, monkeypatch):
+    """The noise belongs to problem and sample: one multinomial over the batch would give other responses in each of these."""
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(my_flags())
+    whole, result = responses_in("e.jsonl"), json.loads(Path("e.json").read_text())
+    assert len(whole) == 18 and len({row["text"] for row in whole}) == 18
+    for slots in (1, 4):
+        evaluate.main(my_flags("--slots", slots, "--output", f"slots{slots}.json"))
+        assert responses_in(f"slots{slots}.jsonl") == whole
+    real, sampled, calls = evaluate.append_rows, [], itertools.count(1)
+
+    def killed(path, rows):
+        if next(calls) == 6:
+            with open(path, "a") as file:
+                file.write(json.dumps(rows[0])[:40])                                              # cut short while writing
+            raise RuntimeError("killed")
+        real(path, rows)
+    monkeypatch.setattr(evaluate, "append_rows", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        evaluate.main(my_flags("--output", "cut.json", "--slots", "4"))
+    monkeypatch.setattr(evaluate, "append_rows", real)
+    assert json.loads(Path("cut.json").read_text())["average"] is None
+    generate_each = evaluate.generate_each
+    monkeypatch.setattr(evaluate, "generate_each", lambda model, prompts, *args: sampled.append(len(prompts)) or generate_each(model, prompts, *args))
+    evaluate.main(my_flags("--output", "cut.json"))
+    assert sampled == [18 - 5] and responses_in("cut.jsonl") == whole
+    again = json.loads(Path("cut.json").read_text())
+    assert {**again, "tokens_per_second": 0} == {**result, "tokens_per_second": 0}
+
+
+def test_an_evaluation_is_not_overwritten_and_settings_do_not_mix(my_flags, tmp_path, capsys, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(my_flags())
+    before = Path("e.json").read_text(), Path("e.jsonl").read_text()
+    monkeypatch.setattr(evaluate, "load_model", None)                                             # done is done: no model is loaded
+    evaluate.main(my_flags("--by", "level", "--lenient"))
+    assert json.loads(Path("e.json").read_text())["benchmarks"]["my"]["by_level"]["1"]["n"] == 3
+    evaluate.main(my_flags())
+    for more, words in [(["--k", "2"], "k 3"), (["--seed", "1"], "seed 0"), (["--limit", "1"], "limit"), (["--benchmarks", "my.jsonl"], "benchmarks")]:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(my_flags(*more))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and "another --output" in error
+    assert before == (Path("e.json").read_text(), Path("e.jsonl").read_text())
+    Path("e.json").rename("gone.json")
     with pytest.raises(SystemExit):
-        evaluate.main([*flags, "--k", "2", "--temperature", "1"])
-    assert "another --output" in capsys.readouterr().err
-    assert before == ((tmp_path / "e.json").read_text(), (tmp_path / "e.jsonl").read_text())
+        evaluate.main(my_flags())
+    Path("gone.json").rename("e.json")
+    os.utime("e.json", (0, 0))                                                                    # as if the model were newer
+    with pytest.raises(SystemExit):
+        evaluate.main(my_flags())
+    assert "older weights" in capsys.readouterr().err
+    assert before == (Path("e.json").read_text(), Path("e.jsonl").read_text())
 
 
-@pytest.mark.parametrize("flags, words", [(["--benchmarks", "nope"], "nope"), (["--limit", "0"], "--limit 0"), (["--k", "4"], "greedy"),
+def test_a_problem_that_changed_meanwhile_is_refused(my_flags, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "measure_all", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(my_flags())
+    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({**row, "answer": 5}) for row in MY_PROBLEMS))
+    with pytest.raises(SystemExit):
+        evaluate.main(my_flags())
+    assert "my, problem 0" in capsys.readouterr().err
+
+
+def test_a_problem_longer_than_the_context_is_counted(folder, tmp_path, capsys, monkeypatch):
+    """The model takes 256 tokens: one problem fills them, one leaves room for a short response, one for a whole one."""
+    monkeypatch.setattr(evaluate, "find_stop_ids", lambda *args: [])
+    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({"problem": n * "cats ", "answer": 4}) for n in (5, 40, 300)))
+    flags = ["--model", str(folder), "--benchmarks", str(tmp_path / "my.jsonl"), "--max-response-tokens", "200", "--output", str(tmp_path / "e.json")]
+    evaluate.main(flags)
+    rows, m = responses_in(tmp_path / "e.jsonl"), json.loads((tmp_path / "e.json").read_text())["benchmarks"]["my"]
+    assert m["n"] == 3 and m["too_long"] == 1 and "1 problems fill the model's context" in capsys.readouterr().out
+    assert rows[2]["too_long"] and not rows[2]["correct"] and rows[2]["tokens"] == 0 and 0 < rows[1]["tokens"] < 200 == rows[0]["tokens"]
+
+
+def test_compare_pairs_the_problems(tmp_path, capsys):
+    """The standard error is that of the differences: two unpaired ones would call this noise."""
+    rng = random.Random(0)
+    a = [[rng.random() < 0.5] for _ in range(40)]
+    b = [[ok or number % 5 == 0] for number, [ok] in enumerate(a)]                 # B loses nothing and wins some
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, right in zip(paths, (a, b)):
+        rows = checked_rows(right, subject=["Algebra", "Geometry"] * 20) + checked_rows(right[:3], "small")
+        rl.append_rows(path.with_suffix(".jsonl"), rows if path == paths[0] else rows[:-1] + checked_rows([[True]], "other"))
+        rl.write_json(path, {"model": path.stem, "settings": {"seed": 0, "dtype": path.stem}, **evaluate.measure_all(rows, ["x", "small"])})
+    evaluate.main(["--compare", *map(str, paths)])
+    out = capsys.readouterr().out
+    difference = np.array([y[0] - x[0] for x, y in zip(np.array(a, float), np.array(b, float))])
+    line = next(line for line in out.splitlines() if line.startswith("x "))
+    assert line.split()[1:] == ["40", f"{100 * np.mean(a):.1f}", f"{100 * np.mean(b):.1f}", f"{100 * difference.mean():+.1f}",
+                                f"{100 * difference.std(ddof=1) / math.sqrt(40):.1f}", str(int(difference.sum())), "0", *verdict(difference)]
+    assert "dtype is a in A, b in B" in out and "  Algebra" in out and "  Geometry" in out
+    assert next(line for line in out.splitlines() if line.startswith("small")).split()[1] == "2" and "other" not in out
+    with pytest.raises(SystemExit):
+        evaluate.main(["--compare", str(paths[0]), str(tmp_path / "none.json")])
+
+
+def verdict(difference):
+    differ = np.count_nonzero(difference)
+    z = difference.mean() / (difference.std(ddof=1) / math.sqrt(len(difference)))
+    return ["too", "few", "problems", "differ"] if differ < 6 else ["B", "is", "better"] if z > 2 else ["within", "noise"]
+
+
+def test_a_curve_of_a_run(folder, tmp_path, easy_reward, monkeypatch, capsys):
+    rl.main(run_flags(folder, tmp_path / "run"))
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 5, "rew')                      # the run may be going on
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, MY_PROBLEMS)))
+    flags = ["--run", str(tmp_path / "run"), "--benchmarks", str(tmp_path / "my.jsonl"), "--max-response-tokens", "8"]
+    evaluate.main(flags)
+    curve, rewards = read_jsonl(tmp_path / "run" / "curve.jsonl"), [row["reward"] for row in rl.read_log(tmp_path / "run" / "metrics.jsonl")]
+    assert [(row["step"], row["reward"]) for row in curve] == [(0, rewards[0]), (2, rewards[1]), (4, rewards[3])]
+    assert set(curve[0]) == {"step", "reward", "average", "my"}
+    assert json.loads((tmp_path / "run" / "step-000004" / "eval.json").read_text())["average"] == curve[2]["average"]
+    loaded, load_model = [], evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda name, dtype: loaded.append(Path(name).name) or load_model(name, dtype))
+    (tmp_path / "run" / "step-000002" / "eval.json").unlink()
+    (tmp_path / "run" / "step-000002" / "eval.jsonl").unlink()
+    evaluate.main(flags)
+    assert loaded == ["step-000002"] and read_jsonl(tmp_path / "run" / "curve.jsonl") == curve
+
+
+@pytest.mark.parametrize("flags, words", [(["--benchmarks", "nope"], "nope"), (["--limit", "0"], "--limit 0"), (["--k", "0"], "--k 0"), (["--k", "4"], "greedy"),
+                                          (["--benchmarks", "math500", "aime24"], "DIR/aime24.jsonl"), (["--output", "x.txt"], ".json"), (["--seed", "-1"], "--seed -1"),
+                                          (["--run", "no_run"], "no_run"), (["--compare", "a.json", "b.json"], "a.json"), (["--temperature", "nan"], "--temperature nan"),
+                                          (["--model", "no/such/model", "--benchmarks", "tiny_add"], "no/such/model"),
                                           (["--benchmarks", "math500", "--data-dir", "no_such_dir"], "math500.jsonl")])
-def test_evaluate_refuses_in_one_sentence(folder, capsys, flags, words):
+def test_evaluate_refuses_in_one_sentence(folder, capsys, flags, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = [] if {"--run", "--compare"} & {*flags} else ["--model", str(folder), "--benchmarks", "math500"]
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--model", str(folder), "--benchmarks", "math500", *flags])
+        evaluate.main([*model, *flags])
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(error) == 1 and words in error[0]
+    assert not any(tmp_path.iterdir())
