@@ -269,14 +269,17 @@ def measure(rows) -> dict:
             "self_reflection": share(bool(REFLECTION.search(row["text"])) for row in rows)}
 
 
-def measure_all(rows, names, by=None) -> dict:
-    """Checked responses -> {"benchmarks": {name: measures}, "average": mean of avg@k over benchmarks, ...}."""
+def measure_all(rows, names) -> dict:
+    """Checked responses -> {"benchmarks": {name: measures}, "average": mean of avg@k over benchmarks, ...}.
+
+    A benchmark whose problems have a subject or a level (MATH500) also has its measures by_subject and by_level.
+    """
     of_name, benchmarks = group_by(rows, "benchmark"), {}
     for name in names:
         benchmarks[name] = measure(of_name[name])
-        if by:
-            groups = group_by(of_name[name], by)
-            benchmarks[name]["by_" + by] = {value: measure(rows) for value, rows in groups.items()}
+        for key in ("subject", "level"):
+            if groups := group_by(of_name[name], key):
+                benchmarks[name][f"by_{key}"] = {str(value): measure(rows) for value, rows in groups.items()}
     return {"benchmarks": benchmarks, "average": float(np.mean([m["avg_at_k"] for m in benchmarks.values()])),
             "average_lenient": float(np.mean([m["lenient"]["avg_at_k"] for m in benchmarks.values()]))}
 
@@ -318,7 +321,8 @@ def difference(rows_a, rows_b, verdict="correct") -> dict:
     """B against A on the problems that both answered; stderr is paired: of the differences, problem by problem."""
     a, b = by_problem(rows_a, verdict), by_problem(rows_b, verdict)
     a, b = (np.array([np.mean(side[problem]) for problem in a if problem in b]) for side in (a, b))
-    return {"n": len(a), "a": a.sum() / max(len(a), 1), "b": b.sum() / max(len(b), 1), "stderr": standard_error(b - a) or 0.0,
+    n = len(a)
+    return {"n": n, "a": a.sum() / max(n, 1), "b": b.sum() / max(n, 1), "stderr": standard_error(b - a) or 0.0,
             "won": int((b > a).sum()), "lost": int((b < a).sum())}
 
 
@@ -343,8 +347,9 @@ def compare(path_a, path_b, by="subject", verdict="correct") -> None:
         if set(by_problem(a)) & set(by_problem(b)):
             whole.append(difference(a, b, verdict))
             lines.append((name, whole[-1]))
-            b = group_by(b, by)
-            lines += [(f"  {part}", difference(rows, b.get(part, []), verdict)) for part, rows in group_by(a, by).items()]
+            parts = group_by(b, by)
+            lines += [(f"  {part}", difference(rows, parts.get(part, []), verdict))
+                      for part, rows in group_by(a, by).items()]
     if not whole:
         fail(f"{path_a} and {path_b} have no problem in common")
     average = {key: np.mean([d[key] for d in whole]) for key in ("a", "b")} | \
@@ -354,9 +359,9 @@ def compare(path_a, path_b, by="subject", verdict="correct") -> None:
     for name, d in ((name, d) for name, d in [*lines, ("average", average)] if d["n"]):
         print(f"{name[:23]:<24}{d['n']:>5}{100 * d['a']:>8.1f}{100 * d['b']:>8.1f}{100 * (d['b'] - d['a']):>+8.1f}"
               f"{100 * d['stderr']:>6.1f}{d['won']:>6}{d['lost']:>6}  {conclusion(d)}")
-    print("\nwon, lost: problems that B solves more, or less, often than A. +-: standard error of B - A over problems,\n"
-          "paired, because both models answered the same ones. Better: by more than two standard errors, which chance\n"
-          "alone does in one line of twenty.")
+    print("\nwon, lost: problems that B solves more, or less, often than A. +-: standard error of B - A over the\n"
+          "problems, paired, because both models answered the same ones. Better: by more than two standard errors,\n"
+          "which chance alone does in one line of twenty.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,7 +373,7 @@ def say_once(text) -> None:
     print(text, flush=True)
 
 
-def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=None, by=None, lenient=False) -> dict:
+def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=None, lenient=False) -> dict:
     """An evaluation with its files, OUTPUT.json and the responses in OUTPUT.jsonl; goes on with one that was stopped.
 
     The .json is there from the start, without results: it says with which settings the responses are sampled. `lenient`
@@ -388,27 +393,27 @@ def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=N
         fail(f"{responses_path} holds responses, but {output} with their settings is gone; name another --output")
     if saved and saved["average"] is not None:
         print(f"{output} holds this evaluation already")
-        rows, speed = list(read_rows(responses_path).values()), saved["tokens_per_second"]
+        result = saved
     else:
         benchmarks = load_benchmarks(names, data_dir, settings["limit"])
         model, tokenizer = load_model(model_name, getattr(torch, settings["dtype"]))
         stop_ids = find_stop_ids(tokenizer, model.generation_config)
         first = next(iter(benchmarks.values()))[0]["problem"]
         say_once(f"first prompt:\n{indented(tokenizer.decode(encode_prompt(tokenizer, first, EVAL_SYSTEM)))}\n"
-              f"a response ends at {', '.join(f'{i} {tokenizer.decode([i])!r}' for i in stop_ids)}")
+                 f"a response ends at {', '.join(f'{i} {tokenizer.decode([i])!r}' for i in stop_ids)}")
         make_folder(output.parent, "--output")
         if not saved:
             write_json(output, {"model": model_name, "settings": settings, "benchmarks": {}, "average": None})
         options = {key: settings[key] for key in ("k", "temperature", "max_response_tokens", "seed")}
         rows, speed = sample_and_check(model, tokenizer, benchmarks, **options, slots=slots,
                                        responses_path=responses_path)
-    result = {"model": model_name, "settings": settings, **measure_all(rows, settings["benchmarks"], by),
-              "tokens_per_second": speed}
-    write_json(output, result)
+        result = {"model": model_name, "settings": settings, **measure_all(rows, benchmarks), "tokens_per_second": speed}
+        write_json(output, result)
     if lenient:
         result["average"] = result["average_lenient"]
         for measures in result["benchmarks"].values():
-            for m in (measures, *measures.get(f"by_{by}", {}).values()):
+            groups = [*measures.get("by_subject", {}).values(), *measures.get("by_level", {}).values()]
+            for m in (measures, *groups):
                 m.update(m["lenient"])
     return result
 
@@ -484,7 +489,7 @@ def main(argv=None) -> None:
     if output.suffix != (".jsonl" if args.run else ".json"):
         fail(f"--output {output}: its name must end in {'.jsonl' if args.run else '.json'}")
     run_one = functools.partial(evaluate_to_file, names=names, settings=settings, data_dir=args.data_dir,
-                                slots=args.slots, by=args.by, lenient=args.lenient)
+                                slots=args.slots, lenient=args.lenient)
     try:
         if args.run:
             return curve(args.run, output, run_one)

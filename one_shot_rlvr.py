@@ -200,7 +200,7 @@ EVAL_SYSTEM = "Please reason step by step, and put your final answer within \\bo
 
 
 def read_rows(path):
-    """The rows of a .jsonl file as {line number: row}, or the content of a .json file; names the line that is broken."""
+    """The rows of a .jsonl file as {line number: row}, or the content of a .json file; names a line that is broken."""
     rows, by_line = {}, str(path).endswith(".jsonl")
     try:
         text = Path(path).read_text(encoding="utf-8")
