@@ -205,7 +205,7 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
     sampled, start = 0, time.perf_counter()
     for running, ended in generate_each(model, prompts, limits, temperatures, torch.tensor(np.array(noise)), stop_ids,
                                         slots):
-        for i, response in ended:
+        for i, response, _ in ended:
             check(tasks[i], response)
         sampled += running
         right = f"{np.mean([row['correct'] for row in rows]):.1%} right, " if rows else ""

@@ -34,7 +34,9 @@ import ast
 import cmath
 import contextlib
 import copy
+import datetime
 import functools
+import inspect
 import json
 import math
 import operator
@@ -53,17 +55,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 try:
     import resource
 except ImportError:             # Windows: peak memory is not shown there
     resource = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:             # torch before 2.10: the sampler's attention then reads more than it needs
+    varlen_attn = lambda: None
 
 HERE = Path(__file__).resolve().parent
 
@@ -99,6 +107,7 @@ class Config:
     max_response_tokens: int = setting(3072, "rollouts", "longest response [C]")
     temperature: float = setting(0.6, "rollouts", "temperature of sampling and of every log-probability [C]")
     slots: int = setting(256, "rollouts", "responses sampled at the same time; bounds the memory of the cache")
+    cuda_graph: bool = setting(True, "rollouts", "launch a decode step's kernels in one go; nothing on a CPU")
 
     reward: str = setting("answer", "loss", "what earns 1: the right answer, any boxed one [P: C.2.3], nothing",
                           ["answer", "format", "none"])
@@ -135,7 +144,8 @@ PRESETS = {
 
 def fail(sentence):
     """Bad input ends the program with one sentence and exit code 2; a traceback would bury it."""
-    print(f"error: {sentence}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":                # once, not once a process
+        print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -184,8 +194,6 @@ def check(config: Config) -> None:
             fail(f"{flag} {value}: use a number above 0")
         if f.type is float and not math.isfinite(value) and f.name != "grad_clip":          # inf: do not clip
             fail(f"{flag} {value}: use a finite number")
-    if config.prompts_per_step % config.updates_per_batch:
-        fail(f"--updates-per-batch {config.updates_per_batch} must divide --prompts-per-step {config.prompts_per_step}")
     if bool(config.eval_every) != bool(config.eval):
         fail(f"--eval-every {config.eval_every} and --eval {' '.join(config.eval)} need each other")
 
@@ -289,20 +297,72 @@ def examples_of_step(step, num_examples, prompts_per_step, seed) -> list:
 # 2. Rollouts: sample responses, one token at a time, in a fixed number of slots
 # ----------------------------------------------------------------------------------------------------------------------
 
-class SlotCache:
-    """Keys and values of the sampler's rows, each row at a position of its own.
+def ragged_attention(module, query, key, value, attention_mask, scaling=None, keys_used=None, **kwargs):
+    """transformers' sdpa, but a decode step on CUDA reads only the first keys_used (n,) keys of each row.
 
-    transformers' caches keep one position for all rows. A model's attention layers call nothing but update(layer): we
-    hand the model a ready 4-D mask and position ids, so that it asks the cache for nothing else.
+    With a mask, every row would read as many keys as the longest has, which is most of the memory traffic of a step.
+    """
+    if keys_used is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    n, length = key.shape[0], key.shape[2]
+    key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))        # (n * length, heads, head size), no copy
+    each_row = torch.arange(n + 1, device=query.device, dtype=torch.int32)
+    output = varlen_attn(query.squeeze(2), key, value, each_row, length * each_row, 1, length, scale=scaling,
+                         enable_gqa=True, seqused_k=keys_used)
+    return output[:, None], None                                                             # (n, 1, heads, head size)
+
+
+def can_read_ragged(model) -> bool:
+    """Flash attention takes half precision on CUDA; its number of keys for each row came with torch 2.12."""
+    return model.device.type == "cuda" and model.dtype.itemsize == 2 and \
+        "seqused_k" in inspect.signature(varlen_attn).parameters
+
+
+def capture(step):
+    """A function that does what step() does, on CUDA as a graph: all its kernels in one launch.
+
+    One by one, Python takes longer to launch the 800 kernels of a decode step than the GPU to run them. A graph repeats
+    them on the same memory: step() must read what changes from tensors that stay in place.
+    """
+    if not torch.cuda.is_available():
+        return step
+    stream = torch.cuda.Stream()                    # what libraries set up at their first call must not be captured
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay():
+        graph.replay()
+        return output
+    return replay
+
+
+class Slots:
+    """The rows that are sampled at the same time: keys and values, the newest token of each, and where it stands.
+
+    It is the model's cache: transformers' own keep one position for all rows. A model's attention layers call nothing
+    but update(layer), as we hand the model a ready 4-D mask and position ids, so that it asks for nothing else.
     """
 
-    def __init__(self, slots, length):
-        self.slots, self.length, self.layers = slots, length, []
+    def __init__(self, model, slots, length, cuda_graph):
+        self.model, self.slots, self.length, self.layers = model, slots, length, []
+        self.tokens, self.positions = (torch.zeros(slots, 1, dtype=torch.long, device=model.device) for _ in range(2))
+        self.cuda_graph, self.graphs, self.reads_ragged = cuda_graph, {}, cuda_graph and can_read_ragged(model)
+        if self.reads_ragged:
+            AttentionInterface.register("ragged", ragged_attention)
+            model.set_attn_implementation("ragged")
 
-    def write_at(self, rows, positions):
-        """The next forward pass is of the slice `rows`, with new tokens at `positions` (n, q)."""
-        self.rows, self.positions, self.filled = rows, positions, int(positions.max()) + 1
+    def feed(self, rows, tokens, positions, filled, **kwargs):
+        """Feed tokens (n, q), which stand at positions (n, q) < filled, to a slice of rows -> logits after the last."""
+        self.rows, self.fed, self.filled = rows, positions, filled
         self.row_index = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]                  # (n, 1)
+        mask = torch.arange(filled, device=positions.device) <= positions[:, None, :, None]         # (n, 1, q, filled)
+        return self.model(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=self,
+                          use_cache=True, logits_to_keep=1, **kwargs).logits[:, -1]                             # (n, V)
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Store keys and values (n, heads, q, head size) of the new tokens; return those of all tokens so far."""
@@ -311,115 +371,149 @@ class SlotCache:
             shape = self.slots, self.length, keys.shape[1], keys.shape[3]
             self.layers.append((keys.new_zeros(shape), values.new_zeros(shape)))
         for store, new in zip(self.layers[layer], (keys, values)):
-            store[self.row_index, self.positions] = new.transpose(1, 2)
+            store[self.row_index, self.fed] = new.transpose(1, 2)
         return tuple(store[self.rows, :self.filled].transpose(1, 2) for store in self.layers[layer])
 
     def copy(self, source, target, length):
-        """Copy the first `length` positions of one row to another."""
+        """Copy the first `length` keys and values of one row to another; what stands behind them is never read."""
         for stores in self.layers:
             for store in stores:
                 store[target, :length] = store[source, :length]
 
+    def decode(self, n, filled):
+        """Feed the newest tokens of the first n rows, all at positions < filled -> logits (n, V)."""
+        plain = functools.partial(self.feed, slice(0, n), self.tokens[:n], self.positions[:n], filled)
+        if not self.cuda_graph:
+            return plain()
+        # the fixed shapes of a graph: all keys, and one of eight numbers of rows, of which those from n on are idle
+        size = next(size for eighth in range(1, 9) if (size := -(-self.slots * eighth // 8)) >= n)
+        if size in self.graphs:
+            return self.graphs[size]()[:n]
+
+        def step():
+            ragged = {"keys_used": self.positions[:size, 0].int() + 1} if self.reads_ragged else {}
+            return self.feed(slice(0, size), self.tokens[:size], self.positions[:size], self.length, **ragged)
+        logits, self.graphs[size] = plain(), capture(step)
+        if (logits.softmax(-1) - self.graphs[size]()[:n].softmax(-1)).abs().sum(-1).mean() > 0.1:
+            fail("the CUDA graph of a decode step does not compute what the model computes; go on with --no-cuda-graph")
+        return logits
+
 
 def sample_tokens(logits, temperatures, noise):
-    """Draw one token a row from softmax(logits / temperature): logits (n, V), noise (n,) uniform in [0, 1) -> (n,).
+    """Draw one token a row from softmax(logits / temperature): logits (n, V), noise (n,) uniform in [0, 1).
 
-    The token is the one in which the cumulative distribution passes the noise: unlike torch.multinomial, a draw then
-    does not depend on the rows beside it. temperatures: (n,); a row of temperature 0 takes the largest logit.
+    Returns tokens (n,) and their log-probabilities (n,). The token is the one in which the cumulative distribution
+    passes the noise: unlike torch.multinomial, a draw then does not depend on the rows beside it. temperatures: (n,);
+    a row of temperature 0 takes the largest logit.
     """
-    tokens, drawn = logits.argmax(-1), temperatures.nonzero().squeeze(1)
-    if len(drawn):
-        scaled = logits[drawn].float() / temperatures[drawn, None]
-        cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)                                         # (n, V)
-        target = noise[drawn, None] * cumulative[:, -1:]                # rounding keeps the last from being exactly 1
-        tokens[drawn] = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return tokens
+    probs = (logits.float() / temperatures.clamp(min=1e-6)[:, None]).softmax(-1)                                # (n, V)
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    target = noise[:, None] * cumulative[:, -1:]                        # rounding keeps the last from being exactly 1
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    tokens = torch.where(temperatures > 0, drawn, logits.argmax(-1))
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 
-def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slots=None, generator=None):
+def draw_noise(N, T, generator=None):
+    """(N, T) numbers, uniform in [0, 1), of double precision: a token of probability 1e-9 should be drawn that often."""
+    return torch.rand(N, T, dtype=torch.float64, generator=generator, device=generator.device if generator else "cpu")
+
+
+def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slots=None, generator=None,
+             noise=None, cuda_graph=False, return_logprobs=False):
     """Sample one response to each prompt (lists of token ids, in that order; the stop token is included).
 
     At most `slots` rows are sampled at a time, all of them by default. temperature 0 is greedy. Each rollout has a row
     of noise of its own, drawn from `generator` before the first token, so `slots` changes the speed and not the
-    responses (but for rounding in the model's matrix products).
+    responses (but for rounding in the model's matrix products). noise: (N, T) in place of a generator's, as draw_noise
+    makes it. return_logprobs: (responses, the log-probabilities of their tokens as the sampler had them, a tensor (T,)
+    for each). cuda_graph: see capture.
     """
     N = len(prompts)
-    noise = torch.rand(N, max_response_tokens, dtype=torch.float64, generator=generator,
-                       device=generator.device if generator else "cpu")
-    responses, sampled = [None] * N, 0
+    if noise is None:
+        noise = draw_noise(N, max_response_tokens, generator)
+    responses, logprobs, sampled = [None] * N, [None] * N, 0
     with tqdm(total=N, desc="rollouts", leave=False, disable=None) as progress:
         for running, ended in generate_each(model, prompts, N * [max_response_tokens], N * [temperature], noise,
-                                            stop_ids, slots):
-            for i, responses[i] in ended:
+                                            stop_ids, slots, cuda_graph):
+            for i, responses[i], logprobs[i] in ended:
                 progress.update()
             sampled += running
-            progress.set_postfix_str(f"{sampled:,} tokens, {running} rows running")
-    return responses
+            progress.set_postfix_str(f"{sampled:,} tokens, {running} rows running", refresh=False)
+    return (responses, logprobs) if return_logprobs else responses
 
 
 @torch.no_grad()
-def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=None):
+def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=None, cuda_graph=False):
     """Sample prompt i up to limits[i] tokens at temperatures[i], its t-th token by noise[i, t]; yield as they end.
 
     After each step, in which every running row got one token, it yields how many rows these were and the responses that
-    ended, [(i, token ids), ...]. When a row ends, the last row moves into the gap and the next prompt takes the place
-    behind it: the work follows the tokens that are sampled, and nobody waits for the longest response. Prompts start in
-    the order given, but equal ones together, because they are prefilled once: a place that held the prompt before needs
-    nothing, any other copies it.
+    ended, [(i, token ids, their log-probabilities), ...]. When a row ends, the next prompt takes its place, or if none
+    is left, the last row: the work follows the tokens that are sampled, and nobody waits for the longest response.
+    Prompts start in the order given, but equal ones together, because they are prefilled once: a place that held the
+    prompt before needs nothing, any other copies it.
     """
     if not all(prompts):
         raise ValueError("an empty prompt: there is no token to predict from")
     model.eval()            # nothing ever calls train() again: no dropout, neither here nor in the update
-    device, stop_ids, noise = model.device, set(stop_ids), noise.to(model.device)
-    temperatures, first = torch.tensor(temperatures, device=device), {}
+    device, first = model.device, {}
     for i, prompt in enumerate(prompts):
         first.setdefault(tuple(prompt), i)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: first[tuple(prompts[i])]))
-    sequences = [list(prompt) for prompt in prompts]        # prompt and response so far; the last token is fed next
-    slots = min(slots or len(prompts), len(prompts))
-    cache = SlotCache(slots, max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0))
-    running = []            # the rollout in each row
+    rows = Slots(model, min(slots or len(prompts), len(prompts)),
+                 max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0), cuda_graph)
+    # by rollout, and on the device, which is asked one question a step: which rows have ended?
+    noise, stop_ids = noise.to(device), torch.tensor(sorted(stop_ids), device=device)
+    last_of_prompt, limits, temperatures = (torch.tensor(values, device=device) for values in (
+        [len(prompt) - 1 for prompt in prompts], limits, temperatures))                                           # (N,)
+    sampled = torch.zeros(noise.shape, dtype=torch.long, device=device)                                         # (N, T)
+    logprobs = torch.zeros(noise.shape, device=device)
+    rollout = torch.zeros(rows.slots, dtype=torch.long, device=device)      # which one is in each row
+    running = {}            # the same on the host: {row: rollout}, of rows 0, 1, ...
+    begun = {}              # the step at which a row's rollout began
     held = {}               # the prompt whose keys and values stand in each row, also after its rollout has ended
+    step, free = 0, range(rows.slots)
 
-    def forward(rows, tokens, positions):
-        """Feed tokens (n, q), which stand at positions (n, q), to a slice of rows -> logits after the last, (n, V)."""
-        cache.write_at(rows, positions)
-        mask = torch.arange(cache.filled, device=device) <= positions[:, None, :, None]             # (n, 1, q, filled)
-        return model(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                     use_cache=True, logits_to_keep=1).logits[:, -1]
+    def position(row):
+        """Where the row's newest token stands: rows.positions, without asking the device."""
+        return len(prompts[running[row]]) - 1 + step - begun[row]
 
-    def start(row, prompt):
+    def start(row, i):
         """Put all of the prompt but its last token, which is fed next, into the row's cache."""
+        prompt = prompts[i]
         source = row if held.get(row) == prompt else next((r for r, p in held.items() if p == prompt), None)
         if source is None and len(prompt) > 1:
-            tokens = torch.tensor([prompt[:-1]], device=device)
-            forward(slice(row, row + 1), tokens, torch.arange(len(prompt) - 1, device=device)[None])
+            rows.feed(slice(row, row + 1), torch.tensor([prompt[:-1]], device=device),
+                      torch.arange(len(prompt) - 1, device=device)[None], len(prompt) - 1)
         elif source is not None and source != row:
-            cache.copy(source, row, len(prompt) - 1)
-        held[row] = prompt
+            rows.copy(source, row, len(prompt) - 1)
+        rollout[row], rows.tokens[row], rows.positions[row] = i, prompt[-1], len(prompt) - 1
+        running[row], begun[row], held[row] = i, step, prompt
+
+    def move(source, target):
+        """Go on with a row's rollout in another row."""
+        rows.copy(source, target, position(source))
+        for state in (rollout, rows.tokens, rows.positions):
+            state[target] = state[source]
+        running[target], begun[target], held[target] = running.pop(source), begun[source], held[source]
 
     while waiting or running:
-        while waiting and len(running) < slots:
-            running.append(waiting.popleft())
-            start(len(running) - 1, prompts[running[-1]])
-        made = [len(sequences[i]) - len(prompts[i]) for i in running]
-        tokens = torch.tensor([[sequences[i][-1]] for i in running], device=device)                             # (n, 1)
-        positions = torch.tensor([[len(sequences[i]) - 1] for i in running], device=device)                     # (n, 1)
-        logits = forward(slice(0, len(running)), tokens, positions)                                             # (n, V)
-        sampled = sample_tokens(logits, temperatures[running], noise[running, made]).tolist()
-        ended = []
-        for row, token in enumerate(sampled):
-            sequences[running[row]].append(token)
-            if token in stop_ids or made[row] + 1 == limits[running[row]]:
-                ended.append(row)
-        finished = [(running[row], sequences[running[row]][len(prompts[running[row]]):]) for row in ended]
-        for row in reversed(ended):             # from the last, so that the row moved into a gap is one that goes on
-            last = len(running) - 1
-            if row != last:
-                cache.copy(last, row, len(sequences[running[last]]) - 1)
-                running[row], held[row] = running[last], held[last]
-            running.pop()
-        yield len(sampled), finished
+        for row in free[:len(waiting)]:
+            start(row, waiting.popleft())
+        for gap in reversed([row for row in free if row not in running]):
+            if gap < max(running, default=0):
+                move(max(running), gap)
+        n = len(running)
+        logits = rows.decode(n, 1 + max(map(position, range(n))))                                               # (n, V)
+        i = rollout[:n]
+        t = rows.positions[:n, 0] - last_of_prompt[i]               # the new token is the rollout's t-th, from 0
+        new, logprobs[i, t] = sample_tokens(logits, temperatures[i], noise[i, t])
+        sampled[i, t] = rows.tokens[:n, 0] = new
+        rows.positions[:n] += 1
+        ended = torch.isin(new, stop_ids) | (t + 1 == limits[i])
+        step, free = step + 1, ended.nonzero().flatten().tolist()
+        finished = [(running.pop(row), step - begun[row]) for row in free]
+        yield n, [(i, sampled[i, :made].tolist(), logprobs[i, :made].cpu()) for i, made in finished]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -610,12 +704,17 @@ def score_rows(model, prompts, responses, rows, config):
         return token_logprobs(model, [prompts[i] for i in rows], [responses[i] for i in rows], config.temperature)
 
 
-def update_policy(policy, ref_policy, optimizer, prompts, responses, advantages, old_logprobs, config) -> dict:
+def update_policy(policy, ref_policy, optimizer, prompts, responses, sampler_logprobs, advantages, old_logprobs,
+                  config) -> dict:
     """One optimizer step -> stats. old_logprobs: a (T,) tensor a rollout, or None: the policy has not moved since.
 
-    Exits, before the weights change, if the loss or the gradient is not finite.
+    With several processes each has its own rollouts, and the step is that of all of them together. sampler_gap: how far
+    the sampler's log-probabilities are from the trainer's, a mean over tokens. Exits, before the weights change, if the
+    loss or the gradient is not finite.
     """
-    num_tokens = sum(map(len, responses))           # before the loop: packing must not change the gradient
+    device = policy.device
+    num_tokens = int(sum_over_processes(torch.tensor(sum(map(len, responses)), device=device)))     # before the loop:
+    # neither packing nor the number of processes must change the gradient
     stats = Counter()                               # whose update() adds
     for rows in tqdm(micro_batches(prompts, responses, config.token_budget), "update", leave=False, disable=None):
         with torch.no_grad():                       # before the policy's pass, whose activations stay in memory
@@ -626,10 +725,15 @@ def update_policy(policy, ref_policy, optimizer, prompts, responses, advantages,
         old = logprobs.detach()
         if old_logprobs is not None:
             old = pad_sequence([old_logprobs[i] for i in rows], batch_first=True)
+        sampled = pad_sequence([sampler_logprobs[i] for i in rows], batch_first=True).to(device)
+        stats["sampler_gap"] += ((old - sampled).abs() * mask).sum().item() / num_tokens
         loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, advantages[rows].to(mask.device), mask,
                                 num_tokens, config)
         loss.backward()
         stats.update(parts)
+    for param in policy.parameters():
+        sum_over_processes(param.grad)
+    stats = dict(zip(stats, sum_over_processes(torch.tensor(list(stats.values()), device=device)).tolist()))
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
     if not math.isfinite(grad_norm + stats["loss"]):
         sys.exit(f"error: loss {stats['loss']}, gradient norm {grad_norm}: this update was not made, and the last "
@@ -638,7 +742,7 @@ def update_policy(policy, ref_policy, optimizer, prompts, responses, advantages,
     return {**stats, "grad_norm": grad_norm}
 
 
-def train_on(policy, ref_policy, optimizer, prompts, responses, advantages, config) -> dict:
+def train_on(policy, ref_policy, optimizer, prompts, responses, sampler_logprobs, advantages, config) -> dict:
     """All updates on one batch of rollouts -> the mean of their stats. [P] makes 8, of 16 groups each; [C] 1 of all."""
     old_logprobs = [None] * len(prompts)
     if config.updates_per_batch > 1:                # from the second update on, the policy is not what it was
@@ -650,9 +754,44 @@ def train_on(policy, ref_policy, optimizer, prompts, responses, advantages, conf
     stats, size = Counter(), len(prompts) // config.updates_per_batch
     for part in (slice(first, first + size) for first in range(0, len(prompts), size)):
         old = old_logprobs[part] if config.updates_per_batch > 1 else None
-        stats.update(update_policy(policy, ref_policy, optimizer, prompts[part], responses[part], advantages[part], old,
-                                   config))
+        stats.update(update_policy(policy, ref_policy, optimizer, prompts[part], responses[part], sampler_logprobs[part],
+                                   advantages[part], old, config))
     return {name: value / config.updates_per_batch for name, value in stats.items()}
+
+
+def start_processes() -> tuple:
+    """(number of this process, how many there are): under torchrun, which starts one for each GPU, else (0, 1).
+
+    Each samples and scores its share of the groups. Gradients are summed, so all of them make the same step; only
+    process 0 speaks and writes.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # the others wait while process 0 evaluates or saves
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(days=1))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(tensor):
+    """In place; alone, nothing to do."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_groups(rollouts, group_size) -> list:
+    """All processes' rollouts in the order of the groups, which were dealt out one by one."""
+    if not dist.is_initialized():
+        return rollouts
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rollouts)
+    turns = range(0, len(rollouts), group_size)
+    return [rollout for turn in turns for part in parts for rollout in part[turn:turn + group_size]]
 
 
 def copy_weights(sources, targets) -> None:
@@ -796,7 +935,8 @@ def interrupts_held():
 LEGEND = """\
 Watch reward and (with --eval) test accuracy, not the loss. The loss is near 0 and the ratio is 1 by design: advantages
 sum to 0 in each group, and with one update a batch the old policy is the policy itself; the gradient is not 0.
-dead: share of groups whose rewards are all equal, no signal; trunc: share of responses cut at --max-response-tokens."""
+dead: share of groups whose rewards are all equal, no signal; trunc: share of responses cut at --max-response-tokens.
+gap: mean distance of the sampler's log-probabilities from the trainer's, near 0 or the two are not the same model."""
 
 
 def indented(text) -> str:
@@ -816,17 +956,15 @@ def introduce(config, examples, tokenizer, stop_ids, device) -> None:
           f"{config.updates_per_batch} update(s); {len(examples)} example(s); on {device}\n\n{LEGEND}\n")
 
 
-def summarize(step, chosen, responses, texts, rewards, correct, stop_ids, group_size) -> dict:
+def summarize(step, rollouts, group_size) -> dict:
     """What the rollouts of a step were like: the first part of its row in metrics.jsonl."""
-    right = {}
-    for example, is_right in zip(chosen, correct):
-        right.setdefault(example["name"], []).append(is_right)
-    return {"step": step, "reward": rewards.mean().item(), "accuracy": float(np.mean(correct)),
-            "dead_groups": float(np.mean([len(set(group)) == 1 for group in rewards.view(-1, group_size).tolist()])),
-            "boxed_frac": float(np.mean([reward_of(text, "", "format") for text in texts])),
-            "response_length": float(np.mean([len(response) for response in responses])),
-            "truncated_frac": float(np.mean([response[-1] not in stop_ids for response in responses])),
-            "examples": {name: float(np.mean(verdicts)) for name, verdicts in right.items()}}
+    mean = lambda key, rows=rollouts: float(np.mean([row[key] for row in rows]))
+    rewards = np.array([row["reward"] for row in rollouts]).reshape(-1, group_size)                           # (N/G, G)
+    names = sorted({row["example"] for row in rollouts})
+    return {"step": step, "reward": mean("reward"), "accuracy": mean("correct"),
+            "dead_groups": float((rewards.max(1) == rewards.min(1)).mean()), "boxed_frac": mean("boxed"),
+            "response_length": mean("tokens"), "truncated_frac": mean("truncated"),
+            "examples": {name: mean("correct", [row for row in rollouts if row["example"] == name]) for name in names}}
 
 
 def print_step(row, config) -> None:
@@ -835,7 +973,7 @@ def print_step(row, config) -> None:
     print(f"step {row['step']}/{config.steps}  reward {row['reward']:.3f}  dead {row['dead_groups']:.2f}  "
           f"len {row['response_length']:.0f}  trunc {row['truncated_frac']:.2f}  entropy {row['entropy']:.3f}  "
           f"kl {row['kl']:.4f}  loss {row['loss']:+.4f}  grad {row['grad_norm']:.2f}  ratio {row['ratio']:.3f}  "
-          f"{row['tokens_per_second']:,.0f} tok/s  sample {row['sample_seconds']:.1f}s  "
+          f"gap {row['sampler_gap']:.4f}  {row['tokens_per_second']:,.0f} tok/s  sample {row['sample_seconds']:.1f}s  "
           f"update {row['update_seconds']:.1f}s  {row['memory_gb']:.1f}GB  eta {hours}h{minutes:02d}m", flush=True)
     if row["dead_groups"] == 1:
         print("  all groups are dead: only KL, entropy, weight decay and AdamW's momentum act in this step")
@@ -861,7 +999,7 @@ def with_prompts(examples, config, tokenizer) -> list:
     return fitting
 
 
-def evaluate_if_due(config, step, sampler, tokenizer, benchmarks, metrics_path) -> None:
+def evaluate_if_due(config, step, sampler, tokenizer, benchmarks, run_dir) -> None:
     """If an evaluation is due after this step, append {"step", "eval": {benchmark: accuracy, ..., "average"}}."""
     if not config.eval_every or step % config.eval_every:
         return
@@ -870,7 +1008,28 @@ def evaluate_if_due(config, step, sampler, tokenizer, benchmarks, metrics_path) 
                       max_response_tokens=config.max_response_tokens)
     scores = {name: row["avg_at_k"] for name, row in result["benchmarks"].items()} | {"average": result["average"]}
     print(f"eval {step}/{config.steps}  " + "  ".join(f"{name} {x:.3f}" for name, x in scores.items()), flush=True)
-    append_rows(metrics_path, [{"step": step, "eval": scores}])
+    append_rows(run_dir / "metrics.jsonl", [{"step": step, "eval": scores}])
+
+
+def set_up_files(run_dir, config, done, **facts) -> list:
+    """Make the run's folder, drop the rows of steps that will be made again -> the rows of metrics.jsonl that stay."""
+    make_folder(run_dir, "--output-dir")
+    until_checkpoint = lambda row: row["step"] <= done
+    keep_rows(run_dir / "samples.jsonl", until_checkpoint)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    write_json(run_dir / "config.json", {**asdict(config), **facts, "versions": versions})
+    return keep_rows(run_dir / "metrics.jsonl", until_checkpoint)
+
+
+def report(run_dir, config, row, rollouts) -> None:
+    """A step's line, now and then one of its rollouts, and its rows in the files."""
+    print_step(row, config)
+    rewards = [rollout["reward"] for rollout in rollouts]
+    shown = [rollouts[i] for i in sorted({0, int(np.argmax(rewards)), int(np.argmin(rewards))})]    # first, best, worst
+    if row["step"] % 10 == 1:
+        print_sample(shown[row["step"] // 10 % len(shown)])
+    append_rows(run_dir / "metrics.jsonl", [row])
+    append_rows(run_dir / "samples.jsonl", [{"step": row["step"], **rollout} for rollout in shown])
 
 
 def main(argv=None) -> None:
@@ -882,6 +1041,10 @@ def main(argv=None) -> None:
     if config.eval_every:
         from evaluate import load_benchmarks
         benchmarks = load_benchmarks(config.eval)
+    rank, num_processes = start_processes()
+    if config.prompts_per_step % (config.updates_per_batch * num_processes):
+        fail(f"--prompts-per-step {config.prompts_per_step}: {num_processes} processes and --updates-per-batch "
+             f"{config.updates_per_batch} do not share it evenly")
     policy, tokenizer = load_model(config.model)
     device, bf16 = policy.device, uses_bf16(policy.device, config)
     examples = with_prompts(examples, config, tokenizer)
@@ -901,66 +1064,62 @@ def main(argv=None) -> None:
     done = load_checkpoint(run_dir, policy, optimizer) if config.resume else 0
     copy_weights(policy.parameters(), masters)
     copy_weights(policy.parameters(), sampler.parameters())
-    make_folder(run_dir, "--output-dir")
-    metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
-    until_checkpoint = lambda row: row["step"] <= done
-    keep_rows(samples, until_checkpoint)
-    logged = keep_rows(metrics, until_checkpoint)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(run_dir / "config.json", {**asdict(config), "prompt": tokenizer.decode(examples[0]["prompt"]),
-                                         "stop_ids": stop_ids, "device": str(device), "versions": versions})
-    introduce(config, examples, tokenizer, stop_ids, device)
-
     phase, started, resumed_at = "evaluating", time.time(), done
+    if rank == 0:
+        logged = set_up_files(run_dir, config, done, prompt=tokenizer.decode(examples[0]["prompt"]), stop_ids=stop_ids,
+                              device=str(device), processes=num_processes)
+        introduce(config, examples, tokenizer, stop_ids, f"{num_processes} x {device}")
     try:
-        if not any(row["step"] == done and "eval" in row for row in logged):
-            evaluate_if_due(config, done, sampler, tokenizer, benchmarks, metrics)
+        if rank == 0 and not any(row["step"] == done and "eval" in row for row in logged):
+            evaluate_if_due(config, done, sampler, tokenizer, benchmarks, run_dir)
         for step in range(done + 1, config.steps + 1):
             # 1. Example
             groups = examples_of_step(step, len(examples), config.prompts_per_step, config.seed)
+            groups = groups[rank::num_processes]                                            # this process's share
             chosen = [examples[i] for i in groups for _ in range(config.group_size)]                     # N examples
             prompts = [example["prompt"] for example in chosen]
             # 2. Rollouts
             phase, sampling_from = "sampling", time.time()
             generator = torch.Generator().manual_seed(1_000_003 * config.seed + step)       # distinct for each pair
-            responses = generate(sampler, prompts, max_response_tokens=config.max_response_tokens, stop_ids=stop_ids,
-                                 temperature=config.temperature, slots=config.slots, generator=generator)
+            noise = draw_noise(config.prompts_per_step * config.group_size, config.max_response_tokens, generator)
+            noise = noise.view(config.prompts_per_step, config.group_size, -1)[rank::num_processes].flatten(0, 1)
+            responses, sampler_logprobs = generate(
+                sampler, prompts, max_response_tokens=config.max_response_tokens, temperature=config.temperature,
+                stop_ids=stop_ids, slots=config.slots, noise=noise, return_logprobs=True,
+                cuda_graph=config.cuda_graph and device.type == "cuda")
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             # 3. Reward
-            correct = [is_correct(text, example["answer"]) for text, example in zip(texts, chosen)]
             rewards = [reward_of(text, example["answer"], config.reward) for text, example in zip(texts, chosen)]
-            rewards = torch.tensor(rewards)                                                                    # (N,)
             # 4. Advantages
-            advantages = group_advantages(rewards, config.group_size, config.scale_rewards)                    # (N,)
+            advantages = group_advantages(rewards, config.group_size, config.scale_rewards)                       # (N,)
             # 5. Loss and 6. Update
             phase, updating_from = "updating", time.time()
             with interrupts_held():
-                stats = train_on(policy, ref_policy, optimizer, prompts, responses, advantages, config)
+                stats = train_on(policy, ref_policy, optimizer, prompts, responses, sampler_logprobs, advantages, config)
                 copy_weights(policy.parameters(), sampler.parameters())
-                now = time.time()
-                row = {**summarize(step, chosen, responses, texts, rewards, correct, stop_ids, config.group_size),
-                       **stats,
-                       "tokens_per_second": sum(map(len, responses)) / (updating_from - sampling_from),
-                       "sample_seconds": updating_from - sampling_from, "update_seconds": now - updating_from,
-                       "eta_seconds": (now - started) / (step - resumed_at) * (config.steps - step),
-                       "memory_gb": peak_memory_gb(device)}
-                print_step(row, config)
-                shown = sorted({0, int(rewards.argmax()), int(rewards.argmin())})       # the first, the best, the worst
-                rollouts = [{"step": step, "example": chosen[i]["name"], "reward": rewards[i].item(),
-                             "advantage": round(advantages[i].item(), 4), "tokens": len(responses[i]), "text": texts[i]}
-                            for i in shown]
-                if step % 10 == 1:
-                    print_sample(rollouts[step // 10 % len(rollouts)])
-                append_rows(metrics, [row])
-                append_rows(samples, rollouts)
-                done, phase = step, "saving"
-                if step % config.save_every == 0 or step == config.steps:
-                    save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)
-                    save_checkpoint(run_dir, step, policy, optimizer)
+                now, done, phase = time.time(), step, "saving"
+                rollouts = gather_groups([
+                    {"example": example["name"], "reward": reward, "advantage": round(advantage, 4),
+                     "correct": is_correct(text, example["answer"]), "boxed": bool(reward_of(text, "", "format")),
+                     "tokens": len(response), "truncated": response[-1] not in stop_ids, "text": text}
+                    for example, reward, advantage, response, text
+                    in zip(chosen, rewards, advantages.tolist(), responses, texts)], config.group_size)
+                if rank == 0:
+                    speed = sum(rollout["tokens"] for rollout in rollouts) / (updating_from - sampling_from)
+                    report(run_dir, config, {
+                        **summarize(step, rollouts, config.group_size), **stats, "tokens_per_second": speed,
+                        "sample_seconds": updating_from - sampling_from, "update_seconds": now - updating_from,
+                        "eta_seconds": (now - started) / (step - resumed_at) * (config.steps - step),
+                        "memory_gb": peak_memory_gb(device)}, rollouts)
+                    if step % config.save_every == 0 or step == config.steps:
+                        save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)
+                        save_checkpoint(run_dir, step, policy, optimizer)
             phase = "evaluating"
-            evaluate_if_due(config, step, sampler, tokenizer, benchmarks, metrics)
+            if rank == 0:
+                evaluate_if_due(config, step, sampler, tokenizer, benchmarks, run_dir)
     except KeyboardInterrupt:
-        save_checkpoint(run_dir, done, policy, optimizer)
+        if rank == 0:
+            save_checkpoint(run_dir, done, policy, optimizer)
         print(f"\nstopped after step {done}, which is saved; go on with\n"
               f"    python one_shot_rlvr.py --output-dir {run_dir} --resume")
         sys.exit(130)

@@ -176,18 +176,44 @@ def slow_generate(model, prompts, max_response_tokens, temperature, stop_ids, no
     return responses
 
 
+def ragged_loop(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, enable_gqa, seqused_k):
+    """torch's varlen_attn, which only CUDA has, row by row: row b attends to the first seqused_k[b] keys from cu_k[b] on."""
+    output = torch.empty_like(query)
+    for b, used in enumerate(seqused_k):
+        k, v = (x[cu_k[b]:cu_k[b] + used].repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        weights = (scale * (query[b] * k).sum(-1)).softmax(0)                                     # (keys, heads)
+        output[b] = (weights[..., None] * v).sum(0)
+    assert max_q == 1 and enable_gqa and cu_q.tolist() == list(range(len(query) + 1)) and int(seqused_k.max()) <= max_k
+    return output
+
+
+@pytest.mark.parametrize("path", ["plain", "graph", "ragged"])
 @pytest.mark.parametrize("slots", [1, 2, 3, None])
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.3])
-def test_generate_equals_the_slow_loop(model, slots, temperature):
-    """Also: mixed prompt lengths, a prompt of one token, and stop tokens that end rows at different times."""
-    stop_ids = [3, 17, 40, 41, 42]
+def test_generate_equals_the_slow_loop(slots, temperature, path, monkeypatch):
+    """Also: mixed prompt lengths, a prompt of one token, and stop tokens that end rows at different times.
+
+    graph: with the fixed shapes of a CUDA graph, where rows that have ended are computed too; ragged: with CUDA's kernel.
+    """
+    model, stop_ids = random_model(), [3, 17, 40, 41, 42]
     noise = torch.rand(len(PROMPTS), 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     expected = slow_generate(model, PROMPTS, 20, temperature, stop_ids, noise)
+    calls = itertools.count()
+    monkeypatch.setattr(rl, "can_read_ragged", lambda model: path == "ragged")
+    monkeypatch.setattr(rl, "varlen_attn", lambda *args, **kwargs: next(calls) and None or ragged_loop(*args, **kwargs))
     responses = rl.generate(model, PROMPTS, max_response_tokens=20, temperature=temperature, stop_ids=stop_ids, slots=slots,
-                            generator=torch.Generator().manual_seed(5))
-    assert responses == expected
+                            generator=torch.Generator().manual_seed(5), cuda_graph=path != "plain")
+    assert responses == expected and (next(calls) > 0) == (path == "ragged")
     if temperature:
         assert len({len(r) for r in responses}) > 2           # or this test has not seen rows end at different times
+
+
+def test_a_graph_that_computes_something_else_is_found_out(monkeypatch, capsys):
+    monkeypatch.setattr(rl, "can_read_ragged", lambda model: True)
+    monkeypatch.setattr(rl, "varlen_attn", lambda query, *args, **kwargs: query)
+    with pytest.raises(SystemExit) as stop:
+        rl.generate(random_model(), PROMPTS, max_response_tokens=20, temperature=1.0, stop_ids=[3], cuda_graph=True)
+    assert stop.value.code == 2 and "--no-cuda-graph" in capsys.readouterr().err
 
 
 def test_greedy_equals_transformers(model):
@@ -201,11 +227,11 @@ def test_sampling_follows_the_softmax():
     logits = torch.tensor([[1.0, 0.0, -2.0, 3.0, -1e9]]).expand(200_000, -1)
     noise = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature in (0.6, 1.0):
-        share = rl.sample_tokens(logits, torch.full((200_000,), temperature), noise).bincount(minlength=5) / 200_000
+        share = rl.sample_tokens(logits, torch.full((200_000,), temperature), noise)[0].bincount(minlength=5) / 200_000
         assert torch.allclose(share, (logits[0] / temperature).softmax(-1), atol=4e-3)
         assert share[4] == 0
     edge = rl.sample_tokens(logits[:2], torch.ones(2), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
-    assert edge.tolist() == [0, 3]                      # a token of probability 0 is not drawn, not even at the edges
+    assert edge[0].tolist() == [0, 3]                      # a token of probability 0 is not drawn, not even at the edges
 
 
 def test_work_follows_the_sampled_tokens(model, monkeypatch):
@@ -524,6 +550,7 @@ def test_gradients_of_the_kl_estimators():
         assert torch.allclose(gradient((p.detach().exp() * rl.kl_estimate(p, q, kind)).sum()), theirs, atol=1e-12)
 
 
+NO_LOGPROBS = 7 * [torch.zeros(1)]                  # where nobody asks what the sampler thought
 RESPONSES = [[5, 6, 7, 8], [9], [10, 11, 12, 3], [13, 14, 15, 16, 17, 18, 3], [3, 3], [20, 21], [22]]
 
 
@@ -552,23 +579,14 @@ def test_the_stop_token_is_scored_also_where_it_is_the_padding(model):
     assert logprobs[0, 1] != 0 and (logprobs[0, 2:] == 0).all()
 
 
-def test_sampled_tokens_are_scored_as_they_were_sampled(model):
-    """The sampler's own probabilities, recovered from its logits, are the trainer's: then the ratio starts at 1."""
-    seen, real = [], rl.sample_tokens
-    responses = None
-
-    def recording(logits, temperatures, noise):
-        token = real(logits, temperatures, noise)
-        seen.append((logits / temperatures[:, None]).log_softmax(-1)[range(len(token)), token])
-        return token
-    rl.sample_tokens, old = recording, rl.sample_tokens
-    try:
-        responses = rl.generate(model, PROMPTS[:2], max_response_tokens=9, temperature=0.6, stop_ids=[],
-                                generator=torch.Generator().manual_seed(1))
-    finally:
-        rl.sample_tokens = old
-    logprobs = rl.token_logprobs(model, PROMPTS[:2], responses, 0.6)[0]
-    assert torch.allclose(torch.stack(seen, 1), logprobs, atol=1e-5)
+@pytest.mark.parametrize("slots", [1, 3, None])
+def test_sampled_tokens_are_scored_as_they_were_sampled(model, slots):
+    """The sampler's own log-probabilities are the trainer's: then the ratio starts at 1."""
+    responses, sampler = rl.generate(model, PROMPTS, max_response_tokens=9, temperature=0.6, stop_ids=[3, 17, 40, 41, 42], slots=slots,
+                                     generator=torch.Generator().manual_seed(1), return_logprobs=True)
+    logprobs, _, mask = rl.token_logprobs(model, PROMPTS, responses, 0.6)
+    assert [len(values) for values in sampler] == [len(response) for response in responses]
+    assert torch.allclose(torch.cat(sampler), logprobs[mask], atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -581,7 +599,7 @@ def gradient_of_update(policy, config, monkeypatch, ref_policy=None, old=None):
         rl.checkpoint_layers(policy)
     monkeypatch.setattr(rl, "optimizer_step", lambda *_: None)
     advantages = torch.tensor([1.0, -0.5, 0.3, -1.0, 0.0, 2.0, -2.0])
-    stats = rl.update_policy(policy, ref_policy, None, PROMPTS, RESPONSES, advantages, old, config)
+    stats = rl.update_policy(policy, ref_policy, None, PROMPTS, RESPONSES, NO_LOGPROBS, advantages, old, config)
     return torch.cat([p.grad.flatten() for p in policy.parameters()]), stats
 
 
@@ -617,8 +635,8 @@ def test_several_updates_a_batch_move_the_ratio(model):
     prompts, responses = PROMPTS[:6], RESPONSES[:6]
     seen, real = [], rl.update_policy
     try:
-        rl.update_policy = lambda *args: seen.append((args[6], real(*args)))or seen[-1][1]
-        stats = rl.train_on(policy, None, optimizer, prompts, responses, torch.tensor([1.0, -1, 0, 1, -1, 0]), config)
+        rl.update_policy = lambda *args: seen.append((args[7], real(*args)))or seen[-1][1]
+        stats = rl.train_on(policy, None, optimizer, prompts, responses, NO_LOGPROBS, torch.tensor([1.0, -1, 0, 1, -1, 0]), config)
     finally:
         rl.update_policy = real
     before = rl.token_logprobs(model, prompts, responses, 0.6)
@@ -633,7 +651,7 @@ def test_a_nan_loss_stops_before_the_weights_change(model):
     before = copy.deepcopy(policy.state_dict())
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
     with pytest.raises(SystemExit, match="nan"):
-        rl.update_policy(policy, None, optimizer, PROMPTS, RESPONSES, torch.full((7,), math.nan), None, rl.Config(kl_coef=0.0))
+        rl.update_policy(policy, None, optimizer, PROMPTS, RESPONSES, NO_LOGPROBS, torch.full((7,), math.nan), None, rl.Config(kl_coef=0.0))
     assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
 
 
@@ -823,6 +841,47 @@ def test_the_commands_as_a_user_types_them(folder, tmp_path):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0 and "average" in out, err
     assert len(read_jsonl(tmp_path / "eval.jsonl")) == 1
+
+
+EASY = """import os, sys, time
+import one_shot_rlvr as rl
+rl.reward_of = lambda text, answer, kind: float(len(text) % 2)
+if os.environ.get("DIES") == os.environ["RANK"]:
+    train_on, calls = rl.train_on, []
+    rl.train_on = lambda *args: calls.append(0) or (os._exit(7) if len(calls) == 2 else train_on(*args))
+rl.main()
+"""
+
+
+def torchrun(tmp_path, *flags, **env):
+    (tmp_path / "easy.py").write_text(EASY)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "easy.py"), *flags],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **env})
+
+
+def test_two_processes_make_the_same_run(folder, tmp_path, easy_reward):
+    """torchrun: the groups split over processes, one optimizer step; one dies, the other ends; one process goes on alone."""
+    flags = ["--prompts-per-step", "4", "--updates-per-batch", "2", "--loss-agg", "sequence", "--kl-coef", "0.1"]
+    rl.main(run_flags(folder, tmp_path / "one", *flags))
+    done = torchrun(tmp_path, *run_flags(folder, tmp_path / "two", *flags), DIES="1")
+    assert done.returncode != 0 and "easy.py FAILED" in done.stderr and "exitcode  : 7" in done.stderr
+    rl.main(["--output-dir", str(tmp_path / "two"), "--resume", "--steps", "2"])
+    done = torchrun(tmp_path, "--output-dir", str(tmp_path / "two"), "--resume", "--steps", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 4/4") == 1
+    (one, samples), (two, samples_of_two) = comparable(tmp_path / "one"), comparable(tmp_path / "two")
+    assert [row["step"] for row in two] == [1, 2, 3, 4] and samples == samples_of_two
+    for row_one, row_two in zip(one, two):
+        assert row_two.pop("examples") == row_one.pop("examples")
+        assert row_two == pytest.approx(row_one, rel=1e-3, abs=1e-5)
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / run / "step-000004").state_dict() for run in ("one", "two"))
+    assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4
+    assert not same_weights(folder, tmp_path / "one" / "step-000004")
+
+
+def test_groups_that_processes_cannot_share_are_refused(folder, tmp_path):
+    done = torchrun(tmp_path, *run_flags(folder, tmp_path / "run", "--prompts-per-step", "3"))
+    assert "error: --prompts-per-step 3: 2 processes" in done.stderr and done.returncode and not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
