@@ -407,7 +407,8 @@ def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=N
         options = {key: settings[key] for key in ("k", "temperature", "max_response_tokens", "seed")}
         rows, speed = sample_and_check(model, tokenizer, benchmarks, **options, slots=slots,
                                        responses_path=responses_path)
-        result = {"model": model_name, "settings": settings, **measure_all(rows, benchmarks), "tokens_per_second": speed}
+        result = {"model": model_name, "settings": settings, **measure_all(rows, benchmarks),
+                  "tokens_per_second": speed}
         write_json(output, result)
     if lenient:
         result["average"] = result["average_lenient"]

@@ -12,7 +12,8 @@ The algorithm is GRPO. One step:
     4. Advantages   in each group of 8: (reward - mean) / std
     5. Loss         clipped policy gradient + 0.001 KL to the initial model - 0.001 entropy, mean over response tokens
     6. Update       one AdamW step; then again from 1, some 2,000 times
-The numbers come back as the titles of the sections. The appendix compares answers; leave it for last.
+The numbers come back as the titles of the sections. The appendices, how a GPU samples fast and how answers are compared,
+are for last.
 
 Where this differs from the paper's text [P] and from its released code [C] (skip this on a first reading):
     1. One update a batch, as in [C]; [P] says eight (--updates-per-batch 8). With one, ratio is 1: nothing is clipped.
@@ -125,8 +126,9 @@ class Config:
     learning_rate: float = setting(1e-6, "update", "of AdamW, constant [C]")
     weight_decay: float = setting(0.01, "update", "of AdamW [C]")
     grad_clip: float = setting(1.0, "update", "largest norm of the gradient [C]")
-    token_budget: int = setting(8192, "update", "tokens of a micro-batch; bounds memory, changes no result")
-    activation_checkpointing: bool = setting(True, "update", "compute activations again in backward: less memory [C]")
+    token_budget: int = setting(4096, "update", "tokens of a micro-batch; bounds memory, changes no result")
+    activation_checkpointing: bool = setting(False, "update", "compute activations again in backward: less memory, "
+                                             "a quarter more arithmetic")
     offload_optimizer: bool = setting(False, "update", "keep AdamW's 8 bytes a parameter in host memory")
     precision: str = setting("auto", "update", "of matrix products; auto is bf16 on CUDA, fp32 on a CPU",
                              ["auto", "bf16", "fp32"])
@@ -136,9 +138,9 @@ TINY_BASE = "runs/tiny-base"
 PRESETS = {
     "paper": {},
     "24gb": dict(prompts_per_step=32, max_response_tokens=2048, slots=64, kl_coef=0.0, token_budget=3072,
-                 offload_optimizer=True),
+                 activation_checkpointing=True, offload_optimizer=True),
     "tiny": dict(model=TINY_BASE, example=["tiny-add"], steps=60, save_every=20, prompts_per_step=16,
-                 max_response_tokens=64, slots=128, learning_rate=1e-4, activation_checkpointing=False),
+                 max_response_tokens=64, slots=128, learning_rate=1e-4),
 }
 
 
@@ -297,50 +299,6 @@ def examples_of_step(step, num_examples, prompts_per_step, seed) -> list:
 # 2. Rollouts: sample responses, one token at a time, in a fixed number of slots
 # ----------------------------------------------------------------------------------------------------------------------
 
-def ragged_attention(module, query, key, value, attention_mask, scaling=None, keys_used=None, **kwargs):
-    """transformers' sdpa, but a decode step on CUDA reads only the first keys_used (n,) keys of each row.
-
-    With a mask, every row would read as many keys as the longest has, which is most of the memory traffic of a step.
-    """
-    if keys_used is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    n, length = key.shape[0], key.shape[2]
-    key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))        # (n * length, heads, head size), no copy
-    each_row = torch.arange(n + 1, device=query.device, dtype=torch.int32)
-    output = varlen_attn(query.squeeze(2), key, value, each_row, length * each_row, 1, length, scale=scaling,
-                         enable_gqa=True, seqused_k=keys_used)
-    return output[:, None], None                                                             # (n, 1, heads, head size)
-
-
-def can_read_ragged(model) -> bool:
-    """Flash attention takes half precision on CUDA; its number of keys for each row came with torch 2.12."""
-    return model.device.type == "cuda" and model.dtype.itemsize == 2 and \
-        "seqused_k" in inspect.signature(varlen_attn).parameters
-
-
-def capture(step):
-    """A function that does what step() does, on CUDA as a graph: all its kernels in one launch.
-
-    One by one, Python takes longer to launch the 800 kernels of a decode step than the GPU to run them. A graph repeats
-    them on the same memory: step() must read what changes from tensors that stay in place.
-    """
-    if not torch.cuda.is_available():
-        return step
-    stream = torch.cuda.Stream()                    # what libraries set up at their first call must not be captured
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-
-    def replay():
-        graph.replay()
-        return output
-    return replay
-
-
 class Slots:
     """The rows that are sampled at the same time: keys and values, the newest token of each, and where it stands.
 
@@ -351,10 +309,7 @@ class Slots:
     def __init__(self, model, slots, length, cuda_graph):
         self.model, self.slots, self.length, self.layers = model, slots, length, []
         self.tokens, self.positions = (torch.zeros(slots, 1, dtype=torch.long, device=model.device) for _ in range(2))
-        self.cuda_graph, self.graphs, self.reads_ragged = cuda_graph, {}, cuda_graph and can_read_ragged(model)
-        if self.reads_ragged:
-            AttentionInterface.register("ragged", ragged_attention)
-            model.set_attn_implementation("ragged")
+        self.cuda_graph, self.graphs = cuda_graph, {}
 
     def feed(self, rows, tokens, positions, filled, **kwargs):
         """Feed tokens (n, q), which stand at positions (n, q) < filled, to a slice of rows -> logits after the last."""
@@ -383,20 +338,7 @@ class Slots:
     def decode(self, n, filled):
         """Feed the newest tokens of the first n rows, all at positions < filled -> logits (n, V)."""
         plain = functools.partial(self.feed, slice(0, n), self.tokens[:n], self.positions[:n], filled)
-        if not self.cuda_graph:
-            return plain()
-        # the fixed shapes of a graph: all keys, and one of eight numbers of rows, of which those from n on are idle
-        size = next(size for eighth in range(1, 9) if (size := -(-self.slots * eighth // 8)) >= n)
-        if size in self.graphs:
-            return self.graphs[size]()[:n]
-
-        def step():
-            ragged = {"keys_used": self.positions[:size, 0].int() + 1} if self.reads_ragged else {}
-            return self.feed(slice(0, size), self.tokens[:size], self.positions[:size], self.length, **ragged)
-        logits, self.graphs[size] = plain(), capture(step)
-        if (logits.softmax(-1) - self.graphs[size]()[:n].softmax(-1)).abs().sum(-1).mean() > 0.1:
-            fail("the CUDA graph of a decode step does not compute what the model computes; go on with --no-cuda-graph")
-        return logits
+        return decode_by_graph(self, n, plain) if self.cuda_graph else plain()
 
 
 def sample_tokens(logits, temperatures, noise):
@@ -415,7 +357,7 @@ def sample_tokens(logits, temperatures, noise):
 
 
 def draw_noise(N, T, generator=None):
-    """(N, T) numbers, uniform in [0, 1), of double precision: a token of probability 1e-9 should be drawn that often."""
+    """(N, T) numbers uniform in [0, 1), in double precision: a token of probability 1e-9 should come up that often."""
     return torch.rand(N, T, dtype=torch.float64, generator=generator, device=generator.device if generator else "cpu")
 
 
@@ -754,8 +696,8 @@ def train_on(policy, ref_policy, optimizer, prompts, responses, sampler_logprobs
     stats, size = Counter(), len(prompts) // config.updates_per_batch
     for part in (slice(first, first + size) for first in range(0, len(prompts), size)):
         old = old_logprobs[part] if config.updates_per_batch > 1 else None
-        stats.update(update_policy(policy, ref_policy, optimizer, prompts[part], responses[part], sampler_logprobs[part],
-                                   advantages[part], old, config))
+        stats.update(update_policy(policy, ref_policy, optimizer, prompts[part], responses[part],
+                                   sampler_logprobs[part], advantages[part], old, config))
     return {name: value / config.updates_per_batch for name, value in stats.items()}
 
 
@@ -1095,7 +1037,8 @@ def main(argv=None) -> None:
             # 5. Loss and 6. Update
             phase, updating_from = "updating", time.time()
             with interrupts_held():
-                stats = train_on(policy, ref_policy, optimizer, prompts, responses, sampler_logprobs, advantages, config)
+                stats = train_on(policy, ref_policy, optimizer, prompts, responses, sampler_logprobs, advantages,
+                                 config)
                 copy_weights(policy.parameters(), sampler.parameters())
                 now, done, phase = time.time(), step, "saving"
                 rollouts = gather_groups([
@@ -1129,6 +1072,74 @@ def main(argv=None) -> None:
                  "or --offload-optimizer; then --resume")
     final = run_dir / f"step-{config.steps:06d}"
     print(f"done: {final} is a Hugging Face model folder; measure it with\n    python evaluate.py --model {final}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Appendix to section 2: a decode step at the speed of a GPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+def capture(step, device):
+    """A function that does what step() does, on CUDA as a graph: all its kernels in one launch.
+
+    One by one, Python takes longer to launch the 800 kernels of a decode step than the GPU to run them. A graph repeats
+    them on the same memory: step() must read what changes from tensors that stay in place.
+    """
+    if device.type != "cuda":
+        return step
+    stream = torch.cuda.Stream()                    # what libraries set up at their first call must not be captured
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay():
+        graph.replay()
+        return output
+    return replay
+
+
+def decode_by_graph(slots, n, plain):
+    """Logits (n, V) of a decode step, from a graph; plain() computes the same without, by which each graph is checked."""
+    # the fixed shapes of a graph: all keys, and one of eight numbers of rows, of which those from n on are idle
+    size = next(size for eighth in range(1, 9) if (size := -(-slots.slots * eighth // 8)) >= n)
+    if size in slots.graphs:
+        return slots.graphs[size]()[:n]
+    reads_ragged = can_read_ragged(slots.model)
+    if reads_ragged:
+        AttentionInterface.register("ragged", ragged_attention)
+        slots.model.set_attn_implementation("ragged")
+
+    def step():
+        ragged = {"keys_used": slots.positions[:size, 0].int() + 1} if reads_ragged else {}
+        return slots.feed(slice(0, size), slots.tokens[:size], slots.positions[:size], slots.length, **ragged)
+    logits, slots.graphs[size] = plain(), capture(step, slots.model.device)
+    if (logits.softmax(-1) - slots.graphs[size]()[:n].softmax(-1)).abs().sum(-1).mean() > 0.1:
+        fail("the CUDA graph of a decode step does not compute what the model computes; go on with --no-cuda-graph")
+    return logits
+
+
+def ragged_attention(module, query, key, value, attention_mask, scaling=None, keys_used=None, **kwargs):
+    """transformers' sdpa, but a decode step on CUDA reads only the first keys_used (n,) keys of each row.
+
+    With a mask, every row would read as many keys as the longest has, which is most of the memory traffic of a step.
+    """
+    if keys_used is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    n, length = key.shape[0], key.shape[2]
+    key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))      # (n * length, heads, head size), no copy
+    each_row = torch.arange(n + 1, device=query.device, dtype=torch.int32)
+    output = varlen_attn(query.squeeze(2), key, value, each_row, length * each_row, 1, length, scale=scaling,
+                         enable_gqa=True, seqused_k=keys_used)
+    return output[:, None], None                                                             # (n, 1, heads, head size)
+
+
+def can_read_ragged(model) -> bool:
+    """Flash attention takes half precision on CUDA; its number of keys for each row came with torch 2.12."""
+    return model.device.type == "cuda" and model.dtype.itemsize == 2 and \
+        "seqused_k" in inspect.signature(varlen_attn).parameters
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import evaluate
 import one_shot_rlvr as rl
-from labs import tiny
+from labs import benchmark, tiny
 
 HERE = Path(__file__).resolve().parent
 
@@ -221,6 +221,19 @@ def test_greedy_equals_transformers(model):
         theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
                                 max_new_tokens=24, eos_token_id=[3, 17], pad_token_id=0)[0, len(prompt):].tolist()
         assert response == theirs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_cuda_samples_what_the_cpu_samples(cuda_graph):
+    """Greedy tokens in float32 are transformers' own; in bf16, with flash attention in the graph, nearly the trainer's."""
+    model = random_model().cuda()
+    options = dict(max_response_tokens=24, stop_ids=[3, 17], cuda_graph=cuda_graph)
+    assert rl.generate(model, PROMPTS, temperature=0, **options) == rl.generate(model.cpu(), PROMPTS, max_response_tokens=24, temperature=0, stop_ids=[3, 17])
+    sampler = rl.frozen_copy(model.cuda(), bf16=True)
+    responses, sampled = rl.generate(sampler, PROMPTS, temperature=0.6, return_logprobs=True, **options)
+    logprobs, _, mask = rl.token_logprobs(model, PROMPTS, responses, 0.6)
+    assert (torch.cat(sampled).cuda() - logprobs[mask]).abs().mean() < 0.1
 
 
 def test_sampling_follows_the_softmax():
@@ -933,6 +946,56 @@ def test_tiny_tokenizer_survives_saving_under_the_models_name(tmp_path):
     Qwen2Config().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(text).input_ids == tokenizer(text).input_ids and loaded.decode(loaded(text).input_ids) == text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_benchmark_prints_its_table(capsys):
+    benchmark.main("--shape tiny --rollouts 8 --max-response-tokens 6 --turns 1 --against generate".split())
+    lines = {tuple(line.split()[:2]): line for line in capsys.readouterr().out.splitlines() if line}
+    assert {("rollouts", "ours"), ("rollouts", "generate"), ("update", "ours"), ("step", "ours")} <= set(lines)
+    assert "x as fast" in lines["rollouts", "generate"] and lines["step", "ours"].endswith("%")
+    with pytest.raises(SystemExit):
+        benchmark.main(["--rollouts", "12"])
+
+
+def test_plan_keeps_within_each_gpus_memory(capsys):
+    benchmark.main(["--plan"])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 3 * len(benchmark.GPUS)
+    assert all(max(float(row[2]), float(row[3])) < float(row[1].split()[0]) for row in rows if row[2] != "does not fit")
+    assert [row[1][:2] for row in rows if row[2] == "does not fit"] == ["24", "48", "80", "80"]
+
+
+def test_floors_by_hand():
+    """One rollout of two tokens after a prompt of one, in a model small enough to count on paper."""
+    policy = random_model(vocab_size=10)                        # 2 layers, hidden 32, feed-forward 64, 4 heads of 8, 2 of keys
+    body = 2 * (32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    config = rl.Config(slots=1, kl_coef=0.0)
+    keys = 2 + 3                                                # the second token sees one key more
+    read = 4 * (2 * (body + 320) + keys * 2 * 2 * 2 * 8)
+    assert benchmark.floors(policy, 4, 1, torch.tensor([2]), config, 1.0, 1e99)["rollouts"] == read
+    operations = 2 * (body + 320) * 2 + keys * 2 * 2 * 32 * 2
+    assert benchmark.floors(policy, 4, 1, torch.tensor([2]), config, 1e99, 1.0)["rollouts"] == operations
+    forward = 2 * body * 3 + 2 * 320 * 2 + keys * 2 * 2 * 32 * 2
+    assert benchmark.floors(policy, 4, 1, torch.tensor([2]), config, 1.0, 1.0)["update"] == 3 * forward
+
+
+def test_activation_memory_is_what_backward_keeps():
+    """Bytes that a layer saves under bf16 autocast, counted: a model of three layers less one of one."""
+    kept, T = [], 96
+    for layers in (1, 3):
+        config = Qwen2Config(vocab_size=64, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
+                             num_key_value_heads=2, tie_word_embeddings=True)
+        policy, saved = Qwen2ForCausalLM(config).eval(), {}
+        weights = {p.shape for p in policy.parameters()} | {p.T.shape for p in policy.parameters() if p.ndim == 2}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.update({x.untyped_storage().data_ptr(): x}) or x, lambda x: x):
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = policy.base_model(input_ids=torch.zeros(1, T, dtype=torch.long), use_cache=False).last_hidden_state
+        kept.append(sum(x.untyped_storage().nbytes() for x in saved.values() if x.shape not in weights))
+    assert (kept[1] - kept[0]) / 2 / T == benchmark.activations(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

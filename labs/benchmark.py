@@ -1,0 +1,370 @@
+"""How fast is a step, against other libraries and against the machine itself?
+
+    python labs/benchmark.py                                                # four minutes on a laptop
+    python labs/benchmark.py --shape 1.5b --rollouts 1024 --max-response-tokens 3072           # one GPU
+    python labs/benchmark.py --plan                            # nothing is run: memory and least time on other GPUs
+
+Everything runs in this one process and in turns (A B C A B C), on the same prompt and the same response lengths; the
+table has medians over the turns, and next to each speed its ratio to ours. Weights are random (--shape) or a real
+model's (--model); the lengths are forced, drawn so that their mean is a third of the longest, as in real rollouts.
+
+Compared are, as far as this machine has them: generate of transformers, on the padded batch; its continuous batching;
+a whole step of TRL's GRPOTrainer, sampling and update. Two floors say what the machine allows, whatever the code:
+    rollouts   every decode step reads all weights and the keys and values so far, at the measured speed of a copy, and
+               every token costs its matrix products, at the measured speed of one: the longer of the two times
+    update     forward and backward of the policy and forward of the reference, at the measured speed of matrix products
+"""
+import argparse
+import importlib.util
+import logging
+import platform
+import re
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import one_shot_rlvr as rl  # noqa: E402
+from labs import tiny  # noqa: E402
+
+#                  hidden, feed-forward, layers, heads, key-value heads, vocabulary
+SHAPES = {"tiny": (64, 192, 3, 4, 2, 512), "small": (256, 1024, 6, 4, 2, 8192), "0.5b": (896, 4864, 24, 14, 2, 151936),
+          "1.5b": (1536, 8960, 28, 12, 2, 151936), "7b": (3584, 18944, 28, 28, 4, 152064)}
+
+
+def random_model(shape):
+    """A Qwen2 of a size of Qwen2.5's, with random weights; all but the 7B share the head with the embedding."""
+    hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=shape != "7b")).eval()
+
+
+def random_tokenizer():
+    """The tiny world's; its end of text also pads, which is how TRL then knows where a row has ended."""
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def draw_lengths(n, longest):
+    """Lengths (n,) of responses: many short, few long, the mean about a third of the longest."""
+    lengths = np.random.default_rng(0).exponential(1, n).clip(0.02, 3)
+    return torch.tensor(lengths / lengths.max() * longest).round().clamp(min=1).long()
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+        name = f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+    return f"{name}; torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def clock() -> float:
+    """Seconds, when all that was asked of the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(function, *args) -> float:
+    start = clock()
+    function(*args)
+    return clock() - start
+
+
+def machine_speed(device, dtype) -> tuple:
+    """(bytes a second of a large copy, operations a second of a large matrix product)."""
+    cuda = device.type == "cuda"
+    a = torch.ones((2**29 if cuda else 2**26), device=device)
+    b, m = torch.empty_like(a), torch.randn(*2 * ((8192 if cuda else 1536),), device=device, dtype=dtype)
+    copy, product = (np.median([seconds(function) for _ in range(6)][1:])
+                     for function in (lambda: b.copy_(a), lambda: m @ m))
+    return 2 * a.nbytes / copy, 2 * len(m)**3 / product
+
+
+def sizes(policy) -> tuple:
+    """(parameters of the layers, of the head, numbers of keys and values that a token adds to the cache)."""
+    c = policy.config
+    head = c.vocab_size * c.hidden_size
+    head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    body = policy.num_parameters() - head * (1 if c.tie_word_embeddings else 2)
+    return body, head, 2 * c.num_hidden_layers * c.num_key_value_heads * head_size
+
+
+def floors(policy, itemsize, prompt_length, lengths, config, bandwidth, rate) -> dict:
+    """Least seconds of rollouts and update on this machine: see the top of the file. itemsize: the sampler's bytes."""
+    c, lengths, tokens = policy.config, lengths.tolist(), int(lengths.sum())
+    body, head, key_values = sizes(policy)
+    # the t-th token of a response looks at prompt + t keys: bytes of a key and its value, operations for a key
+    keys = sum(n * prompt_length + n * (n + 1) // 2 for n in lengths)
+    key_operations = 2 * key_values * c.num_attention_heads // c.num_key_value_heads
+    steps = max(-(-tokens // min(config.slots, len(lengths))), max(lengths))
+    read = itemsize * (steps * (body + head) + keys * key_values)
+    computed = 2 * (body + head) * tokens + keys * key_operations
+    whole = len(lengths) * prompt_length + tokens
+    forward = 2 * body * whole + 2 * head * tokens + (keys + len(lengths) * prompt_length**2 // 2) * key_operations
+    return {"rollouts": max(read / bandwidth, computed / rate), "update": forward * (3 + bool(config.kl_coef)) / rate}
+
+
+def activations(c) -> int:
+    """Bytes a token and layer that the backward of a Qwen2 layer keeps under bf16 autocast (a test counts them)."""
+    kv = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+    return 30 * c.hidden_size + 8 * c.intermediate_size + 4 * kv + 4 * c.num_attention_heads + 8
+
+
+def memory(policy, config) -> tuple:
+    """GB on the GPU while sampling and while updating, worked out for bf16 autocast with fp32 weights."""
+    body, head, key_values = sizes(policy)
+    c, parameters = policy.config, policy.num_parameters()
+    always = parameters * (6 if config.offload_optimizer else 14)              # fp32 weights, bf16 copy, AdamW's two
+    if config.kl_coef:
+        always += 2 * body + 4 * (parameters - body)                           # the reference: its layers in bf16
+    length = config.max_prompt_tokens + config.max_response_tokens
+    slots = min(config.slots, config.prompts_per_step * config.group_size)
+    sampling = slots * (2 * length * key_values + 18 * c.vocab_size)           # the cache; logits up to cumulative
+    tokens, layer = max(config.token_budget, length), activations(c)
+    kept = layer * c.num_hidden_layers
+    if config.activation_checkpointing:
+        kept = 4 * c.hidden_size * c.num_hidden_layers + layer
+    updating = 4 * parameters + 2 * body + tokens * kept + 3 * 4 * 512 * c.vocab_size      # gradients, bf16 weights
+    return (always + sampling) / 1e9, (always + updating) / 1e9
+
+
+#        GB, memory in bytes a second, dense bf16 operations a second: the makers' figures
+GPUS = {"24 GB (RTX 4090)": (24, 1.01e12, 1.65e14), "48 GB (L40S)": (48, 0.86e12, 3.62e14),
+        "80 GB (A100)": (80, 2.04e12, 3.12e14), "80 GB (H100)": (80, 3.35e12, 9.89e14),
+        "141 GB (H200)": (141, 4.8e12, 9.89e14)}
+# what to try, one after the other and together, until it fits
+THRIFT = [{}, {"activation_checkpointing": True}, {"slots": 128}, {"slots": 64}, {"offload_optimizer": True},
+          {"kl_coef": 0.0},
+          {"slots": 32, "max_response_tokens": 2048, "token_budget": 3072}]
+
+
+def print_plan(lengths) -> None:
+    """Will it fit, and how long does it take at the least? A line for each size and GPU, with the flags it needs."""
+    print(f"A step of {len(lengths):,} rollouts of {lengths.float().mean():.0f} tokens in the mean and {lengths.max():,} "
+          "at most; worked out, not measured\n\n"
+          "| model | GPU | GB sampling | GB updating | least seconds sampling | updating | flags |\n"
+          "|---|---|---|---|---|---|---|")
+    for shape in ("0.5b", "1.5b", "7b"):
+        with torch.device("meta"):
+            policy = random_model(shape)
+        for name, (size, bandwidth, rate) in GPUS.items():
+            flags = {}
+            for more in THRIFT:
+                flags |= more
+                config = rl.Config(**flags)
+                if max(memory(policy, config)) < 0.94 * size:               # the rest is the driver's, and fragments
+                    least = floors(policy, 2, 160, lengths.clamp(max=config.max_response_tokens), config, bandwidth,
+                                   rate)
+                    words = " ".join(f"`--{key.replace('_', '-')}{'' if value is True else f' {value:g}'}`"
+                                     for key, value in flags.items())
+                    print("| " + " | ".join([shape.upper(), name, *(f"{gb:.0f}" for gb in memory(policy, config)),
+                                             *(f"{seconds:.0f}" for seconds in least.values()), words]) + " |")
+                    break
+            else:
+                print(f"| {shape.upper()} | {name} | does not fit | | | | |")
+
+
+class AtLength(StoppingCriteria):
+    """End row i of transformers' generate after lengths[i] tokens."""
+    def __init__(self, prompt_length, lengths):
+        self.prompt_length, self.lengths = prompt_length, lengths
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] - self.prompt_length >= self.lengths.to(input_ids.device)
+
+
+def ours(folder, prompt, lengths, config):
+    """Sampling and update of one_shot_rlvr.py, as its main() calls them."""
+    policy, _ = rl.load_model(folder)
+    bf16 = rl.uses_bf16(policy.device, config)
+    ref_policy = rl.frozen_copy(policy, bf16, like_autocast=True)
+    sampler = rl.frozen_copy(policy, bf16) if bf16 else policy
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate)
+    if config.activation_checkpointing:
+        rl.checkpoint_layers(policy)
+    N, limits = len(lengths), lengths.tolist()
+
+    def turn():
+        rollouts, start = {}, clock()
+        noise = rl.draw_noise(N, config.max_response_tokens)
+        for _, ended in rl.generate_each(sampler, N * [prompt], limits, N * [config.temperature], noise, [],
+                                         config.slots, config.cuda_graph):
+            rollouts.update((i, (response, logprobs)) for i, response, logprobs in ended)
+        sampled = clock()
+        responses, logprobs = zip(*(rollouts[i] for i in range(N)))
+        advantages = rl.group_advantages(torch.rand(N), config.group_size)
+        rl.train_on(policy, ref_policy, optimizer, N * [prompt], responses, logprobs, advantages, config)
+        return {"rollouts": sampled - start, "update": clock() - sampled}
+    return policy, sampler, turn
+
+
+def transformers_generate(model, prompt, lengths, config):
+    """generate on the batch of all rollouts, padded to the longest."""
+    ids = torch.tensor([prompt], device=model.device)
+    options = dict(attention_mask=torch.ones_like(ids), do_sample=True, temperature=config.temperature, top_k=0,
+                   top_p=1.0, num_return_sequences=len(lengths), max_new_tokens=int(lengths.max()), eos_token_id=None,
+                   pad_token_id=0, stopping_criteria=StoppingCriteriaList([AtLength(len(prompt), lengths)]))
+    return lambda: {"rollouts": seconds(lambda: model.generate(ids, **options))}
+
+
+def continuous_batching(model, prompt, lengths, config):
+    """transformers' continuous batching, each rollout a request of its own length."""
+    settings = transformers.GenerationConfig(
+        do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0,
+        max_new_tokens=int(lengths.max()))
+
+    def turn():
+        with model.continuous_batching_context_manager(generation_config=settings) as manager:
+            start = clock()                             # its preparations are not counted
+            for length in lengths.tolist():
+                manager.add_request(prompt, max_new_tokens=length)
+            for _ in lengths:
+                if manager.get_result(timeout=3600) is None:
+                    raise RuntimeError("it stopped without a result")
+            return {"rollouts": clock() - start}
+    return turn
+
+
+def trl_step(folder, output_dir, problem, lengths, config):
+    """A whole step of TRL's GRPOTrainer; its sampling is its calls of generate, its update all the rest of the step."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    N, cuda, parts = len(lengths), torch.cuda.is_available(), {}
+    rows = max(size for size in range(1, N + 1) if N % size == 0 and size * int(lengths.max()) <= max(
+        config.token_budget, int(lengths.max())))
+
+    class Step(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            parts.update(start=clock(), rollouts=0.0)
+
+        def on_step_end(self, *args, **kwargs):
+            parts["update"] = clock() - parts["start"] - parts["rollouts"]
+    trainer = GRPOTrainer(
+        model=folder, reward_funcs=lambda completions, **_: np.random.rand(len(completions)).tolist(),
+        callbacks=[Step()], train_dataset=Dataset.from_list(N * [{"prompt": problem}]), args=GRPOConfig(
+            output_dir=output_dir, max_steps=1, per_device_train_batch_size=rows, gradient_accumulation_steps=N // rows,
+            num_generations=config.group_size, max_completion_length=int(lengths.max()), temperature=config.temperature,
+            top_k=0, beta=config.kl_coef, learning_rate=config.learning_rate, bf16=cuda, use_cpu=not cuda, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
+            gradient_checkpointing=config.activation_checkpointing))
+    trainer.remove_callback(transformers.PrinterCallback)
+    generate = trainer.model.generate
+
+    def forced(*args, **kwargs):
+        start, at_length = clock(), AtLength(kwargs["input_ids"].shape[1], lengths)
+        output = generate(*args, **kwargs, stopping_criteria=StoppingCriteriaList([at_length]))
+        parts["rollouts"] += clock() - start
+        return output
+    trainer.model.generate = forced
+
+    def turn():
+        trainer.train()
+        return {part: parts[part] for part in ("rollouts", "update")}
+    return turn
+
+
+def run_in_turns(turns, number) -> dict:
+    """{name: [{part: seconds}, ...]}: all once uncounted, then `number` times one after the other."""
+    results = {name: [] for name in turns}
+    for counted in range(-1, number):
+        for name in tqdm(list(results), f"turn {counted + 1} of {number}", leave=False, disable=None):
+            try:
+                result = turns[name]()
+            except Exception as error:                      # another library's, without which the table can do
+                if name == "ours":
+                    raise
+                print(f"{name} is left out: {type(error).__name__}: {error}")
+                del results[name]
+                continue
+            if counted >= 0:
+                results[name].append(result)
+    return results
+
+
+def print_table(results, floor, tokens) -> None:
+    medians = {name: {part: float(np.median([turn[part] for turn in turns])) for part in turns[0]}
+               for name, turns in results.items()}
+    for parts in (floor, *medians.values()):
+        if len(parts) == 2:
+            parts["step"] = sum(parts.values())
+    mine = medians["ours"]
+    print(f"\n{'':<32}{'tokens/s':>10}{'ours is':>16}{'near the floor':>16}")
+    for part in mine:
+        for name, parts in medians.items():
+            if part in parts:
+                ratio = "" if name == "ours" else f"{parts[part] / mine[part]:.2f} x as fast"
+                print(f"{part:<10}{name:<22}{tokens / parts[part]:>10,.0f}{ratio:>16}"
+                      f"{floor[part] / parts[part]:>16.0%}")
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, cuda = rl.fail, torch.cuda.is_available()
+    whom = ["generate", "continuous batching", "TRL"]
+    parser.add_argument("--shape", choices=SHAPES, default="1.5b" if cuda else "small",
+                        help="random weights of this size (default: 1.5b on CUDA, else small)")
+    parser.add_argument("--model", help="real weights in place of random ones: a Hugging Face folder")
+    parser.add_argument("--rollouts", type=int, default=1024 if cuda else 32, help="default: 1024 on CUDA, else 32")
+    parser.add_argument("--max-response-tokens", type=int, default=3072 if cuda else 192,
+                        help="the longest response (default: 3072 on CUDA, else 192)")
+    parser.add_argument("--slots", type=int, default=256, help="responses sampled at the same time (default: 256)")
+    parser.add_argument("--token-budget", type=int, default=rl.Config().token_budget, help="tokens of a micro-batch")
+    parser.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction,
+                        default=cuda and rl.Config().activation_checkpointing)
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--turns", type=int, default=3, help="turns that count, after one that does not (default: 3)")
+    parser.add_argument("--plan", action="store_true", help="print what would fit on other GPUs, and how fast at best")
+    parser.add_argument("--against", nargs="*", choices=whom, default=whom, help="what to compare with (default: all)")
+    args = parser.parse_args(argv)
+    if args.rollouts % 8 or min(args.rollouts, args.max_response_tokens, args.turns, args.slots) < 1:
+        rl.fail(f"--rollouts {args.rollouts} must be a multiple of 8, the size of a group, and every number 1 or more")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    config = rl.Config(prompts_per_step=args.rollouts // 8, max_response_tokens=args.max_response_tokens,
+                       slots=args.slots, token_budget=args.token_budget, cuda_graph=args.cuda_graph and cuda,
+                       activation_checkpointing=args.activation_checkpointing)
+    lengths = draw_lengths(args.rollouts, args.max_response_tokens)
+    if args.plan:
+        return print_plan(draw_lengths(1024, 3072))
+    problem = rl.load_examples(["pi1"])[0]["problem"] + rl.TRAIN_SUFFIX
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.model or f"{temporary}/{args.shape}"
+        if not args.model:
+            rl.save_model(Path(folder), random_model(args.shape), random_tokenizer())
+        prompt = rl.encode_prompt(transformers.AutoTokenizer.from_pretrained(folder), problem)
+        policy, sampler, turn = ours(folder, prompt, lengths, config)
+        dtype = torch.bfloat16 if rl.uses_bf16(policy.device, config) else torch.float32
+        bandwidth, rate = machine_speed(policy.device, dtype)
+        print(f"{machine()}; {dtype}\ncopy {bandwidth / 1e9:,.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s\n"
+              f"{Path(folder).name}, {policy.num_parameters() / 1e6:,.0f} million parameters; {len(lengths)} rollouts "
+              f"in groups of 8, mean {lengths.float().mean():.0f} and at most {lengths.max()} tokens after a prompt of "
+              f"{len(prompt)}, {min(config.slots, len(lengths))} at a time", flush=True)
+        turn()
+        memory = rl.peak_memory_gb(policy.device)               # before the others take any
+        turns = {"ours": turn, "generate": transformers_generate(sampler, prompt, lengths, config),
+                 "continuous batching": continuous_batching(sampler, prompt, lengths, config)}
+        if importlib.util.find_spec("trl") and "TRL" in args.against:
+            turns["TRL"] = trl_step(folder, temporary, problem, lengths, config)
+        floor = floors(policy, sampler.dtype.itemsize, len(prompt), lengths, config, bandwidth, rate)
+        print_table(run_in_turns({name: turn for name, turn in turns.items() if name in ("ours", *args.against)},
+                                 args.turns), floor, int(lengths.sum()))
+    print(f"\nmedians of {args.turns} turns; peak memory of ours {memory:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()
