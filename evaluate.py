@@ -186,7 +186,8 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
     stop_ids = find_stop_ids(tokenizer, model.generation_config)
     rows = keep_rows(responses_path) if responses_path else []
     tasks = list(tasks_left(model, tokenizer, benchmarks, rows, k, temperature, max_response_tokens, seed))
-    progress = tqdm(total=len(rows) + len(tasks), initial=len(rows), desc="responses", disable=None, leave=False)
+    progress = tqdm(total=len(rows) + len(tasks), initial=len(rows), desc="responses", disable=None, leave=False,
+                    miniters=0)
 
     def check(row, response):
         text = tokenizer.decode(response, skip_special_tokens=True)
@@ -195,11 +196,11 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
                      "truncated": bool(response) and response[-1] not in stop_ids, "too_long": not response})
         if responses_path:
             append_rows(responses_path, rows[-1:])
-        progress.update()
 
     for row, _, limit, *_ in tasks:
         if limit < 1:
             check(row, [])
+            progress.update()
     tasks = [task for task in tasks if task[2] > 0]
     tasks, prompts, limits, temperatures, noise = zip(*tasks) if tasks else 5 * ([],)
     sampled, start = 0, time.perf_counter()
@@ -209,7 +210,8 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
             check(tasks[i], response)
         sampled += running
         right = f"{np.mean([row['correct'] for row in rows]):.1%} right, " if rows else ""
-        progress.set_postfix_str(f"{right}{sampled:,} tokens, {running} rows running")
+        progress.set_postfix_str(f"{right}{sampled:,} tokens, {running} rows running", refresh=False)
+        progress.update(len(ended))
     progress.close()
     return rows, sampled / (time.perf_counter() - start)
 

@@ -12,7 +12,7 @@ The algorithm is GRPO. One step:
     4. Advantages   in each group of 8: (reward - mean) / std
     5. Loss         clipped policy gradient + 0.001 KL to the initial model - 0.001 entropy, mean over response tokens
     6. Update       one AdamW step; then again from 1, some 2,000 times
-The numbers come back as the titles of the sections. The appendices, how a GPU samples fast and how answers are compared,
+The numbers come back as the titles of the sections. The two appendices, on the speed of a GPU and on comparing answers,
 are for last.
 
 Where this differs from the paper's text [P] and from its released code [C] (skip this on a first reading):
@@ -375,13 +375,15 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
     if noise is None:
         noise = draw_noise(N, max_response_tokens, generator)
     responses, logprobs, sampled = [None] * N, [None] * N, 0
-    with tqdm(total=N, desc="rollouts", leave=False, disable=None) as progress:
+    # miniters=0: a sign of life also while no response ends
+    with tqdm(total=N, desc="rollouts", leave=False, disable=None, miniters=0) as progress:
         for running, ended in generate_each(model, prompts, N * [max_response_tokens], N * [temperature], noise,
                                             stop_ids, slots, cuda_graph):
-            for i, responses[i], logprobs[i] in ended:
-                progress.update()
+            for i, response, its_logprobs in ended:
+                responses[i], logprobs[i] = response, its_logprobs
             sampled += running
             progress.set_postfix_str(f"{sampled:,} tokens, {running} rows running", refresh=False)
+            progress.update(len(ended))
     return (responses, logprobs) if return_logprobs else responses
 
 
@@ -520,22 +522,30 @@ def group_advantages(rewards, group_size, scale=True):
 # 5. Loss: log-probabilities, then clipped policy gradient + KL - entropy
 # ----------------------------------------------------------------------------------------------------------------------
 
-def token_logprobs(model, prompts, responses, temperature, chunk=512):
-    """Log-probability and entropy of every response token -> logprobs, entropy, mask, each (B, T) and 0 after the end.
+def hidden_states(model, prompts, responses):
+    """The last hidden state before each response token (M, H), these tokens (M,), and their places in a mask (B, T).
 
     Rows are prompt + response, padded on the right with any token: a causal model never looks there. The mask goes by
     length, not by token id, because where EOS == PAD an id mask would take the model's stopping out of the loss.
-    Logits are made for `chunk` tokens at a time and made again in backward: fp32 logits of 3,072 tokens are 1.9 GB.
     """
-    device, head = model.device, model.get_output_embeddings()
+    device = model.device
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)                                     # (B,)
     lengths = torch.tensor([len(response) for response in responses], device=device)                              # (B,)
     ids = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
     ids = pad_sequence(ids, batch_first=True).to(device)                                                        # (B, L)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                                   # (B, T)
     b, t = mask.nonzero(as_tuple=True)                                                                            # (M,)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, L, H), not yet logits
-    hidden, targets = hidden[b, starts[b] + t - 1], ids[b, starts[b] + t]           # (M, H): the token before predicts
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                              # (B, L, H)
+    return hidden[b, starts[b] + t - 1], ids[b, starts[b] + t], mask           # the token before predicts the next one
+
+
+def token_logprobs(model, prompts, responses, temperature, chunk=512):
+    """Log-probability and entropy of every response token -> logprobs, entropy, mask, each (B, T) and 0 after the end.
+
+    Logits are made for `chunk` tokens at a time and made again in backward: fp32 logits of 3,072 tokens are 1.9 GB.
+    """
+    head = model.get_output_embeddings()
+    hidden, targets, mask = hidden_states(model, prompts, responses)
 
     def score(hidden, targets):
         all_logprobs = (head(hidden).float() / temperature).log_softmax(-1)                                 # (chunk, V)
@@ -544,7 +554,7 @@ def token_logprobs(model, prompts, responses, temperature, chunk=512):
     chunks = [recompute_in_backward(score, *pair, use_reentrant=False)
               for pair in zip(hidden.split(chunk), targets.split(chunk))]
     logprobs, entropy = (torch.cat(values) for values in zip(*chunks))                                            # (M,)
-    zeros = torch.zeros(mask.shape, device=device)
+    zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask
 
 
@@ -564,10 +574,11 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, n
 
     Paper Eq. 3 to 8, but for the differences 2, 3 and 9 above.
 
-    logprobs, old_logprobs, ref_logprobs, entropy, mask: (B, T); advantages A: (B,); num_tokens: the response tokens of
-    the whole update. Loss and stats are shares of means over the update, so those of its micro-batches add up.
+    logprobs, old_logprobs, ref_logprobs, entropy, mask: (B, T); advantages A: (B,), or (B, T) where each token has its
+    own (labs/ppo.py); num_tokens: the response tokens of the whole update. Loss and stats are shares of means over the
+    update, so those of its micro-batches add up.
     """
-    A = advantages[:, None]                                                                                     # (B, 1)
+    A = advantages if advantages.ndim == 2 else advantages[:, None]                                   # (B, T) or (B, 1)
     # where the old policy is the policy, the ratio is 1, but its gradient is that of logprobs: REINFORCE
     ratio = (logprobs - old_logprobs).exp()                                                                     # (B, T)
     clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
@@ -650,13 +661,15 @@ def update_policy(policy, ref_policy, optimizer, prompts, responses, sampler_log
                   config) -> dict:
     """One optimizer step -> stats. old_logprobs: a (T,) tensor a rollout, or None: the policy has not moved since.
 
-    With several processes each has its own rollouts, and the step is that of all of them together. sampler_gap: how far
-    the sampler's log-probabilities are from the trainer's, a mean over tokens. Exits, before the weights change, if the
-    loss or the gradient is not finite.
+    advantages: a number for each rollout, or for each of its tokens, (T,). With several processes each has its own
+    rollouts, and the step is that of all of them together. sampler_gap in the stats: the mean distance of the sampler's
+    log-probabilities from the trainer's. Exits, before the weights change, if the loss or the gradient is not finite.
     """
     device = policy.device
-    num_tokens = int(sum_over_processes(torch.tensor(sum(map(len, responses)), device=device)))     # before the loop:
-    # neither packing nor the number of processes must change the gradient
+    padded = lambda values, rows: pad_sequence([values[i] for i in rows], batch_first=True).to(device)          # (B, T)
+    advantages = [A.expand(len(response)) for A, response in zip(advantages, responses)]
+    # before the loop: neither packing nor the number of processes must change the gradient
+    num_tokens = int(sum_over_processes(torch.tensor(sum(map(len, responses)), device=device)))
     stats = Counter()                               # whose update() adds
     for rows in tqdm(micro_batches(prompts, responses, config.token_budget), "update", leave=False, disable=None):
         with torch.no_grad():                       # before the policy's pass, whose activations stay in memory
@@ -664,18 +677,16 @@ def update_policy(policy, ref_policy, optimizer, prompts, responses, sampler_log
         logprobs, entropy, mask = score_rows(policy, prompts, responses, rows, config)
         if ref_logprobs is None:
             ref_logprobs = logprobs.detach()        # without a reference the KL reads 0
-        old = logprobs.detach()
-        if old_logprobs is not None:
-            old = pad_sequence([old_logprobs[i] for i in rows], batch_first=True)
-        sampled = pad_sequence([sampler_logprobs[i] for i in rows], batch_first=True).to(device)
-        stats["sampler_gap"] += ((old - sampled).abs() * mask).sum().item() / num_tokens
-        loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, advantages[rows].to(mask.device), mask,
-                                num_tokens, config)
+        old = logprobs.detach() if old_logprobs is None else padded(old_logprobs, rows)
+        stats["sampler_gap"] += ((old - padded(sampler_logprobs, rows)).abs() * mask).sum().item() / num_tokens
+        loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, padded(advantages, rows), mask, num_tokens,
+                                config)
         loss.backward()
         stats.update(parts)
     for param in policy.parameters():
         sum_over_processes(param.grad)
-    stats = dict(zip(stats, sum_over_processes(torch.tensor(list(stats.values()), device=device)).tolist()))
+    values = torch.tensor(list(stats.values()), dtype=torch.float64, device=device)
+    stats = dict(zip(stats, sum_over_processes(values).tolist()))
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
     if not math.isfinite(grad_norm + stats["loss"]):
         sys.exit(f"error: loss {stats['loss']}, gradient norm {grad_norm}: this update was not made, and the last "
@@ -917,7 +928,7 @@ def print_step(row, config) -> None:
           f"kl {row['kl']:.4f}  loss {row['loss']:+.4f}  grad {row['grad_norm']:.2f}  ratio {row['ratio']:.3f}  "
           f"gap {row['sampler_gap']:.4f}  {row['tokens_per_second']:,.0f} tok/s  sample {row['sample_seconds']:.1f}s  "
           f"update {row['update_seconds']:.1f}s  {row['memory_gb']:.1f}GB  eta {hours}h{minutes:02d}m", flush=True)
-    if row["dead_groups"] == 1:
+    if row["dead_groups"] == 1 and row["pg_loss"] == 0:
         print("  all groups are dead: only KL, entropy, weight decay and AdamW's momentum act in this step")
 
 
@@ -1102,7 +1113,7 @@ def capture(step, device):
 
 
 def decode_by_graph(slots, n, plain):
-    """Logits (n, V) of a decode step, from a graph; plain() computes the same without, by which each graph is checked."""
+    """Logits (n, V) of a decode step, from a graph; plain() computes them without, and each graph is checked by it."""
     # the fixed shapes of a graph: all keys, and one of eight numbers of rows, of which those from n on are idle
     size = next(size for eighth in range(1, 9) if (size := -(-slots.slots * eighth // 8)) >= n)
     if size in slots.graphs:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import evaluate
 import one_shot_rlvr as rl
-from labs import benchmark, tiny
+from labs import benchmark, miniature, plot, ppo, select_example, tiny
 
 HERE = Path(__file__).resolve().parent
 
@@ -946,6 +946,166 @@ def test_tiny_tokenizer_survives_saving_under_the_models_name(tmp_path):
     Qwen2Config().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(text).input_ids == tokenizer(text).input_ids and loaded.decode(loaded(text).input_ids) == text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labs: PPO
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8), (0.9, 0.0)])
+def test_gae_equals_the_double_sum(gamma, lam):
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.rand(4, 6, generator=g), torch.rand(4, 6, generator=g)
+    lengths = [6, 1, 3, 5]
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    advantages, returns = ppo.gae(rewards, values * mask, mask, gamma, lam)
+    for b, n in enumerate(lengths):
+        r, V = rewards[b].tolist(), values[b, :n].tolist() + [0.0]
+        deltas = [r[t] + gamma * V[t + 1] - V[t] for t in range(n)]
+        slow = [sum((gamma * lam)**(k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+        assert advantages[b, :n].tolist() == pytest.approx(slow, abs=1e-5)
+        assert returns[b, :n].tolist() == pytest.approx([A + v for A, v in zip(slow, V)], abs=1e-5)
+        assert (advantages[b, n:] == 0).all() and (returns[b, n:] == 0).all()
+    if gamma == lam == 1:                                       # then the return is the sum of the rewards that are left
+        assert returns[0].tolist() == pytest.approx(rewards[0].flip(0).cumsum(0).flip(0).tolist(), abs=1e-5)
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1():
+    mask = torch.arange(6) < torch.tensor([6, 1, 3])[:, None]
+    white = ppo.whiten(torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) * mask + 3.0 * mask, mask)
+    assert white[mask].mean().item() == pytest.approx(0, abs=1e-5) and white[mask].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert (white[~mask] == 0).all() and (ppo.whiten(torch.ones(3, 6) * mask, mask).abs() < 1e-3).all()
+
+
+def test_value_loss_equals_the_slow_loop_with_gradients():
+    g = torch.Generator().manual_seed(0)
+    values, old, returns = (torch.randn(3, 5, generator=g, dtype=torch.float64) for _ in range(3))
+    values.requires_grad_()
+    lengths = [5, 2, 1]
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    slow = sum(torch.maximum((values[b, t] - R)**2, (torch.clamp(values[b, t], o - 0.5, o + 0.5) - R)**2) / 2
+               for b in range(3) for t in range(lengths[b]) for R, o in [(returns[b, t], old[b, t])]) / 8
+    loss, stats = ppo.value_loss(values, old, returns, mask, 8, 0.5)
+    assert loss.item() == pytest.approx(slow.item()) and stats["value_loss"] == loss.item()
+    assert torch.allclose(torch.autograd.grad(loss, values)[0], torch.autograd.grad(slow, values)[0])
+
+
+def test_ppo_runs_learns_values_and_resumes_to_the_bit(folder, tmp_path, easy_reward, monkeypatch, capsys):
+    for name in ("group_advantages", "train_on", "save_checkpoint", "load_checkpoint"):
+        monkeypatch.setattr(rl, name, getattr(rl, name))                        # put back after the test
+    real = {name: getattr(rl, name) for name in ("train_on", "save_checkpoint", "load_checkpoint")}
+
+    def run(*flags):
+        for name, function in real.items():
+            setattr(rl, name, function)
+        ppo.main([*flags, "--critic-updates", "2", "--critic-learning-rate", "1e-2", "--lam", "0.9"])
+    run(*run_flags(folder, tmp_path / "whole"))
+    run(*run_flags(folder, tmp_path / "run", "--steps", 2))
+    run("--output-dir", str(tmp_path / "run"), "--resume", "--steps", "4")
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    assert same_weights(tmp_path / "run" / "step-000004", tmp_path / "whole" / "step-000004")
+    assert not same_weights(folder, tmp_path / "whole" / "step-000004")
+    values = [row["value"] for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl")]
+    assert abs(values[0]) < 0.2 < abs(values[-1])                              # the critic has learned to expect something
+    assert [path.name for path in (tmp_path / "run" / "latest").glob("critic*")] == ["critic-4.pt"]
+    for flags, words in [(["--output-dir", str(tmp_path / "run"), "--resume", "--gamma", "0.5"], "same flags"), (["--critic-updates", "3"], "--critic-updates 3")]:
+        with pytest.raises(SystemExit) as stop:
+            run(*flags) if "--gamma" in flags else ppo.main([*run_flags(folder, tmp_path / "new"), *flags])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labs: selection, miniature, plots
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_ranking_of_a_hand_made_history(tmp_path, capsys):
+    """Population standard deviation, ties in the order of the set; one that was never visited is not ranked."""
+    accuracies = {"c": [0, 1, 0, 1], "always": [1, 1, 1], "learned": [0, 0.25, 0.75, 1], "tie": [1, 0], "never": [0, 0, 0]}
+    names = ["always", "never", "unseen", "tie", "c", "learned"]
+    ranking = select_example.rank(accuracies, names)
+    assert [row[0] for row in ranking] == ["tie", "c", "learned", "always", "never"]
+    assert ranking[2][1:] == pytest.approx((math.sqrt((0.25 + 0.0625) / 2), 0.5, 4))
+    run = tmp_path / "run"
+    run.mkdir()
+    rl.append_rows(tmp_path / "set.jsonl", [{"name": name, "problem": f"{name}?", "answer": 1} for name in names])
+    rl.write_json(run / "config.json", {"example": [str(tmp_path / "set.jsonl")]})
+    rl.append_rows(run / "metrics.jsonl", [{"step": 0, "eval": {}}, *({"step": step, "examples": {
+        name: values[step] for name, values in accuracies.items() if step < len(values)}} for step in range(4))])
+    flags = [str(run), "--top", "2", "--bottom", "1", "--output", str(tmp_path / "best.jsonl")]
+    select_example.main(flags)
+    out = capsys.readouterr().out
+    assert "5 of 6 examples were visited, 2 to 4 times each" in out and re.search(r"3 +0\.395 +0\.500 +4 +learned +learned\?", out)
+    assert [e["name"] for e in rl.load_examples([str(tmp_path / "best.jsonl")])] == ["tie", "c", "never"]
+    for flags in (flags, flags[:-2], [str(tmp_path / "no_run")]):
+        with pytest.raises(SystemExit) as stop:
+            select_example.main(flags)
+        assert stop.value.code == 2
+
+
+def test_a_run_on_a_set_can_be_ranked(folder, tmp_path, easy_reward, capsys):
+    rl.append_rows(tmp_path / "set.jsonl", tiny.train_problems(3))
+    rl.main(run_flags(folder, tmp_path / "run", "--example", tmp_path / "set.jsonl"))
+    select_example.main([str(tmp_path / "run")])
+    assert "3 of 3 examples were visited" in capsys.readouterr().out
+
+
+def test_miniature_makes_each_run_once(folder, tmp_path, monkeypatch, capsys):
+    """Two rows of one step each; a row done is skipped, one cut short goes on."""
+    (tmp_path / "my.jsonl").write_text('{"problem": "What is 2 + 2?", "answer": "4"}\n')
+    cheap = f"--model {folder} --steps 2 --prompts-per-step 2 --group-size 2 --max-response-tokens 4"
+    monkeypatch.setattr(miniature, "PARTS", {"part": ("Why?", "Table 0", {"a": ("the one", "1.0", cheap), "b": ("the other", "", f"{cheap} --kl-coef 0")}),
+                                             "post": ("And then?", "", {"a": ("the one", "", cheap)})})
+    monkeypatch.setattr(miniature, "EVAL", ["--eval", str(tmp_path / "my.jsonl"), "--eval-every", "1"])
+    monkeypatch.setattr(tiny, "BENCHMARKS", ("my",))
+    monkeypatch.setattr(miniature, "SETS", {})
+    monkeypatch.setattr(rl, "load_model", lambda name: None)
+    flags = ["--output-dir", str(tmp_path / "mini"), "--seeds", "1", "--jobs", "2"]
+    miniature.main(flags)
+    table = (tmp_path / "mini" / "table.md").read_text()
+    assert table.count("| the base model |") == 1 and "| `a`: the one | 1.0 | " in table and "| `b`: the other |" in table and table in capsys.readouterr().out
+    assert [row["step"] for row in read_jsonl(tmp_path / "mini" / "a-0" / "metrics.jsonl")] == [0, 1, 1, 2, 2]
+    made, real = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda words, **kwargs: made.append(words) or real(words, **kwargs))
+    miniature.main(flags)
+    assert made == [] and (tmp_path / "mini" / "table.md").read_text() == table
+    lines = (tmp_path / "mini" / "b-0" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "mini" / "b-0" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    miniature.main([*flags, "--rows", "b"])
+    assert len(made) == 1 and "--resume" in made[0]
+    with pytest.raises(SystemExit):
+        miniature.main(["--rows", "no_such_row"])
+
+
+def test_the_rows_of_miniature_are_flags_of_the_trainer():
+    rows = {row for _, _, of_part in miniature.PARTS.values() for row in of_part}
+    for row in rows:
+        script, *flags = miniature.command(row, 1, "runs/miniature")
+        config = rl.parse_args(flags)
+        assert (HERE / script).exists() and config.seed == 1 and config.output_dir.endswith(f"{row}-1") and config.steps % config.eval_every == 0
+
+
+def test_plot_says_what_it_lacks_or_draws(folder, tmp_path, easy_reward, capsys, monkeypatch):
+    (tmp_path / "my.jsonl").write_text('{"problem": "What is 2 + 2?", "answer": "4"}\n')
+    for seed in (0, 1):
+        rl.main(run_flags(folder, tmp_path / f"run-{seed}", "--seed", seed, "--eval", tmp_path / "my.jsonl", "--eval-every", "2"))
+    rl.main(run_flags(folder, tmp_path / "other"))
+    runs = [str(tmp_path / name) for name in ("run-0", "run-1", "other")]
+    try:
+        import matplotlib
+    except ImportError:
+        matplotlib = None
+    for name in ("plot.png", "plot.svg") if matplotlib else ():
+        plot.main([*runs, "--seeds", "--output", str(tmp_path / name)])
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert not matplotlib or all(word in (tmp_path / "plot.svg").read_text() for word in ("run: test accuracy", "other: training reward", "before training"))
+    for flags, words in [([*runs, "--output", "x.gif"], ".png or .svg"), ([str(tmp_path / "none")], "none")]:
+        with pytest.raises(SystemExit) as stop:
+            plot.main(flags)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        plot.main(runs)
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -154,8 +154,8 @@ THRIFT = [{}, {"activation_checkpointing": True}, {"slots": 128}, {"slots": 64},
 
 def print_plan(lengths) -> None:
     """Will it fit, and how long does it take at the least? A line for each size and GPU, with the flags it needs."""
-    print(f"A step of {len(lengths):,} rollouts of {lengths.float().mean():.0f} tokens in the mean and {lengths.max():,} "
-          "at most; worked out, not measured\n\n"
+    print(f"A step of {len(lengths):,} rollouts of {lengths.float().mean():.0f} tokens in the mean and "
+          f"{lengths.max():,} at most; worked out, not measured\n\n"
           "| model | GPU | GB sampling | GB updating | least seconds sampling | updating | flags |\n"
           "|---|---|---|---|---|---|---|")
     for shape in ("0.5b", "1.5b", "7b"):

@@ -1,6 +1,7 @@
 """A tiny world for one-shot RLVR: a base model that pretrains in minutes on two CPU cores, and six benchmarks for it.
 
     python labs/tiny.py --output runs/tiny-base        # one_shot_rlvr.py --preset tiny does this at its first use
+    python labs/tiny.py --set 48 --output runs/set-48.jsonl                   # training problems, the six tasks in turn
 
 1. Six tasks: addition, subtraction, multiplication, largest of three, remainder, an equation. Each is a function that
    draws a problem, the steps of a careful solution, and the answer.
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that python labs/tiny.py finds it
-from one_shot_rlvr import TRAIN_SUFFIX, save_model  # noqa: E402
+from one_shot_rlvr import TRAIN_SUFFIX, append_rows, fail, make_folder, save_model  # noqa: E402
 
 PROTOCOL = (4, 0.6)             # samples a problem, temperature: greedy would show the commonest style alone
 MAX_RESPONSE_TOKENS = 64        # a careful solution takes some 30
@@ -267,10 +268,19 @@ def build_base(folder, steps=1800, seed=0, batch_size=96, learning_rate=2.5e-3, 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output", default="runs/tiny-base", help="folder of the model (default: %(default)s)")
+    parser.error = fail
+    parser.add_argument("--output", default="runs/tiny-base",
+                        help="folder of the model (default: %(default)s); with --set the .jsonl file of the problems")
+    parser.add_argument("--set", type=int, help="write so many training problems, and no model")
     parser.add_argument("--steps", type=int, default=1800, help="pretraining steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and documents (default: %(default)s)")
     args = parser.parse_args()
     if os.path.exists(args.output):
-        parser.error(f"{args.output} is already there; name another --output, or remove it")
-    build_base(args.output, args.steps, args.seed)
+        fail(f"--output {args.output}: is already there; name another, or remove it")
+    if args.set:
+        if not args.output.endswith(".jsonl"):
+            fail(f"--output {args.output}: its name must end in .jsonl")
+        make_folder(Path(args.output).parent, "--output")
+        append_rows(args.output, train_problems(args.set, args.seed))
+    else:
+        build_base(args.output, args.steps, args.seed)

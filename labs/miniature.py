@@ -1,0 +1,205 @@
+"""The paper's tables in miniature: each row is one_shot_rlvr.py with a few flags, on the tiny world, over some seeds.
+
+    python labs/miniature.py                                     # all rows, three seeds: under 45 minutes on two cores
+    python labs/miniature.py --rows one pg entropy --seeds 1     # some rows, one seed: two minutes
+    python labs/miniature.py --list                              # the rows and their flags; nothing is run
+
+Every run is a process of its own, with its folder runs/miniature/ROW-SEED and its log there; a run that is done is not
+made again, one that was cut short goes on where it was. The table is printed and written to runs/miniature/table.md:
+training accuracy in the last tenth of the steps and test accuracy after the last, over the six benchmarks, as mean and
+standard error over seeds. With matplotlib, each part's curves are drawn beside it.
+"""
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import one_shot_rlvr as rl  # noqa: E402
+from evaluate import standard_error  # noqa: E402
+from labs import plot, tiny  # noqa: E402
+
+# part: (the question, what the paper has for it, {row: (what it is, the paper's figure, flags)})
+SETS = {"set-16.jsonl": 16, "set-1024.jsonl": 1024}
+PARTS = {
+    "examples": ("Does one example match a whole set?", "Table 8, average of six benchmarks", {
+        "one": ("one example", "35.0", ""),
+        "two": ("two examples", "36.6", "--example tiny-add tiny-mul"),
+        "four": ("four examples", "36.0", "--example tiny-add tiny-sub tiny-mul tiny-max"),
+        "sixteen": ("sixteen examples", "", "--example {out}/set-16.jsonl"),
+        "set": ("a set of 1,024", "35.9", "--example {out}/set-1024.jsonl"),
+    }),
+    "tasks": ("Does it matter which example?", "Table 3, MATH500: 64 to 74 for examples with a right label", {
+        "one": ("addition", "", ""),
+        "sub": ("subtraction", "", "--example tiny-sub"),
+        "mul": ("multiplication", "", "--example tiny-mul"),
+        "max": ("largest of three", "", "--example tiny-max"),
+        "mod": ("remainder", "", "--example tiny-mod"),
+        "eqn": ("equation", "", "--example tiny-eqn"),
+    }),
+    "loss": ("Which term of the loss does it?", "Table 5, rows 2 to 10, MATH500", {
+        "pg": ("policy gradient alone", "71.8", "--weight-decay 0 --kl-coef 0 --entropy-coef 0"),
+        "pg-wd": ("+ weight decay", "71.4", "--kl-coef 0 --entropy-coef 0"),
+        "pg-wd-kl": ("+ KL", "70.8", "--entropy-coef 0"),
+        "one": ("+ entropy: all terms", "74.8", ""),
+        "entropy-3": ("three times the entropy", "73.6", "--entropy-coef 0.003"),
+        "pg-entropy": ("policy gradient and entropy", "75.6", "--weight-decay 0 --kl-coef 0"),
+        "wd-kl": ("weight decay and KL", "39.0", "--pg-coef 0 --entropy-coef 0"),
+        "wd-kl-entropy": ("weight decay, KL, entropy", "65.4", "--pg-coef 0"),
+        "entropy": ("entropy alone", "63.4", "--pg-coef 0 --weight-decay 0 --kl-coef 0"),
+    }),
+    "labels": ("Must the label be right?", "Table 5, rows 5 and 11 to 13, and Table 8, MATH500", {
+        "one": ("right: 85", "74.8", ""),
+        "near": ("slightly wrong: 84", "73.4", "--answer 84"),
+        "guess": ("wrong, but sometimes guessed: 80", "57.0", "--answer 80"),
+        "never": ("never obtained: 929725", "64.4", "--answer 929725"),
+        "format": ("no label: any boxed answer", "65.0", "--reward format"),
+    }),
+    "method": ("Does the algorithm matter?", "Table 4, average: GRPO 35.0, PPO 33.8", {
+        "one": ("GRPO, 1 update, groups of 8", "35.0", ""),
+        "eight": ("8 updates a batch", "", "--updates-per-batch 8"),
+        "one-group": ("one group of 128", "", "--prompts-per-step 1 --group-size 128"),
+        "ppo": ("PPO", "33.8", "labs/ppo.py"),
+    }),
+    "post": ("What happens after training accuracy has saturated?", "Fig. 2: test accuracy goes on rising", {
+        "long": ("five times as many steps", "", "--steps 300"),
+    }),
+}
+EVAL = ["--eval", *tiny.BENCHMARKS, "--eval-every", "30"]
+
+
+def command(row, seed, out) -> list:
+    """The command of a row: one_shot_rlvr.py, or the lab that it names, with the flags as they stand in PARTS."""
+    flags = next(rows[row][2] for _, _, rows in PARTS.values() if row in rows).format(out=out).split()
+    script = flags.pop(0) if flags and flags[0].endswith(".py") else "one_shot_rlvr.py"
+    return [script, "--preset", "tiny", *EVAL, "--save-every", "1000", *flags, "--seed", str(seed), "--output-dir",
+            f"{out}/{row}-{seed}"]
+
+
+def last_test(run):
+    """{benchmark: accuracy} after the last step of a run, or None if it has not come to its end."""
+    if not (run / "config.json").exists():
+        return None
+    steps, rows = rl.read_rows(run / "config.json")["steps"], rl.read_log(run / "metrics.jsonl")
+    return next((row["eval"] for row in rows if row["step"] == steps and "eval" in row), None)
+
+
+def make_run(row, seed, out) -> None:
+    """One run in a process of its own, on one thread: its result is then the same however many run beside it."""
+    run, words = Path(f"{out}/{row}-{seed}"), command(row, seed, out)
+    if (run / "config.json").exists():
+        words.append("--resume")
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "log.txt", "a", encoding="utf-8") as log:
+        code = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=log, stderr=log,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise RuntimeError(f"python {' '.join(words)} ended with exit code {code}; see {run / 'log.txt'}")
+
+
+def metrics(row, seed, out) -> list:
+    return rl.read_log(out / f"{row}-{seed}" / "metrics.jsonl")
+
+
+def cell(values, scale=100, digits=1) -> str:
+    """Mean and standard error over seeds."""
+    error = standard_error(values)
+    return f"{scale * np.mean(values):.{digits}f}" + ("" if error is None else f" ± {scale * error:.{digits}f}")
+
+
+def table_of_rows(rows, seeds, out) -> list:
+    """A line for the base model and for each row {row: (what, paper's figure, flags)}, with accuracy by benchmark."""
+    def line(name, figure, training, tests):                                # tests: {benchmark: accuracy} of each seed
+        return f"| {name} | {figure} | {training} | {cell([test['average'] for test in tests])} | " + \
+            " | ".join(f"{100 * np.mean([test[name] for test in tests]):.0f}" for name in tiny.BENCHMARKS) + " |"
+    lines = [f"| row | paper | training | test | {' | '.join(tiny.BENCHMARKS).replace('tiny_', '')} |",
+             "|---" * (4 + len(tiny.BENCHMARKS)) + "|"]
+    before = [next(r["eval"] for r in metrics(row, seed, out) if "eval" in r) for row in rows for seed in seeds]
+    lines.append(line("the base model", "", "", before[:len(seeds)]))
+    for row, (what, figure, _) in rows.items():
+        training = []
+        for seed in seeds:
+            accuracies = [r["accuracy"] for r in metrics(row, seed, out) if "accuracy" in r]
+            training.append(np.mean(accuracies[-len(accuracies) // 10:]))
+        tests = [last_test(out / f"{row}-{seed}") for seed in seeds]
+        lines.append(line(f"`{row}`: {what}", figure, cell(training), tests))
+    return lines
+
+
+def table_of_steps(row, seeds, out) -> list:
+    """A line for each evaluation of one row, with what the policy was like in the ten steps before it."""
+    lines = ["| step | training | test | entropy | KL | tokens |", "|---" * 6 + "|"]
+    runs = [metrics(row, seed, out) for seed in seeds]
+    for step in [r["step"] for r in runs[0] if "eval" in r and r["step"]]:
+        tests = [next(r["eval"]["average"] for r in rows if "eval" in r and r["step"] == step) for rows in runs]
+        mean = lambda key: [np.mean([r[key] for r in rows if key in r and step - 10 < r["step"] <= step])
+                            for rows in runs]
+        lines.append(f"| {step} | {cell(mean('accuracy'))} | {cell(tests)} | {cell(mean('entropy'), 1, 3)} | "
+                     f"{cell(mean('kl'), 1, 3)} | {cell(mean('response_length'), 1)} |")
+    return lines
+
+
+def tables(rows, seeds, out) -> str:
+    """Markdown: for each part the rows that were run, beside the paper's figures."""
+    text = ""
+    for part, (question, source, of_part) in PARTS.items():
+        if of_part := {row: what for row, what in of_part.items() if row in rows}:
+            lines = table_of_steps(*of_part, seeds, out) if part == "post" else table_of_rows(of_part, seeds, out)
+            text += f"**{question}** ({part}; paper: {source})\n\n" + "\n".join(lines) + "\n\n"
+    return text
+
+
+def main(argv=None) -> None:
+    every = list(dict.fromkeys(row for _, _, rows in PARTS.values() for row in rows))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = rl.fail
+    parser.add_argument("--rows", nargs="+", default=every, help="rows, or names of whole parts (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with seeds 0, 1, ... (default: 3)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time (default: one a core)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/miniature"), help="default: %(default)s")
+    parser.add_argument("--list", action="store_true", help="print the rows and their commands, and run nothing")
+    args = parser.parse_args(argv)
+    if unknown := [row for row in args.rows if row not in every and row not in PARTS]:
+        rl.fail(f"--rows {unknown[0]}: there are the rows {', '.join(every)} and the parts {', '.join(PARTS)}")
+    if min(args.seeds, args.jobs) < 1:
+        rl.fail(f"--seeds {args.seeds} --jobs {args.jobs}: use 1 or more")
+    rows = [row for row in every if any(row == name or row in PARTS.get(name, ("", "", {}))[2] for name in args.rows)]
+    seeds, out = range(args.seeds), args.output_dir
+    if args.list:
+        return print("\n".join(f"{row:<14} python {' '.join(command(row, 0, out))}" for row in rows))
+
+    rl.make_folder(out, "--output-dir")
+    for name, size in SETS.items():
+        rl.append_rows(out / name, tiny.train_problems(size), mode="w")
+    rl.load_model(rl.TINY_BASE)                             # built here, before many processes want it at the same time
+    missing = [(row, seed) for seed in seeds for row in rows if last_test(out / f"{row}-{seed}") is None]
+    print(f"{len(rows)} rows x {args.seeds} seeds: {len(rows) * args.seeds - len(missing)} runs are done, "
+          f"{len(missing)} to go, {args.jobs} at a time; the log of each is in {out}/ROW-SEED/log.txt", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), desc="runs", disable=None) as progress:
+        jobs = {pool.submit(make_run, row, seed, out): f"{row}-{seed}" for row, seed in missing}
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                progress.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    text = tables(rows, seeds, out)
+    print(text)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    if importlib.util.find_spec("matplotlib"):
+        for part, (_, _, of_part) in PARTS.items():
+            if drawn := [row for row in of_part if row in rows]:
+                plot.draw({row: [out / f"{row}-{seed}" for seed in seeds] for row in drawn}, out / f"{part}.png")
+    print(f"written to {out / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""PPO instead of GRPO: a critic says what to expect of each token, in the place of the group's mean reward.
+
+    python labs/ppo.py --preset tiny --output-dir runs/ppo                 # takes all flags of one_shot_rlvr.py
+    python labs/ppo.py --example pi1 --model Qwen/Qwen2.5-Math-1.5B        # the paper: 72.4 on MATH500; GRPO 72.8
+
+What differs from one_shot_rlvr.py, and nothing else does:
+    1. Critic       a copy of the model with a value head in place of the logits: one number before each response token
+    2. Advantages   generalised advantage estimation (GAE) from rewards and values, whitened over the batch's tokens
+    3. Value loss   squared error to the returns, clipped around the old values; the critic has an optimizer of its own
+The loss of the policy is the same, with an advantage for each token; KL and entropy are in it as before. The defaults
+are those of the released code, whose paper gives no others. With gamma = lambda = 1 an advantage is reward - value, and
+a critic that knew nothing but the mean reward would make it GRPO's without the division by the standard deviation.
+"""
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import one_shot_rlvr as rl  # noqa: E402
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Critic
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Critic(torch.nn.Module):
+    """The backbone of a model, and a head that starts at zero: before it learns, every response is worth nothing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head = model, torch.nn.Linear(model.config.hidden_size, 1, device=model.device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, prompts, responses):
+        """Value before each response token, and the mask of these tokens: (B, T) and 0 after the end."""
+        hidden, _, mask = rl.hidden_states(self.model, prompts, responses)
+        values = self.head(hidden.float()).squeeze(1)                                                             # (M,)
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values), mask
+
+
+def score(critic, prompts, responses, rows, config):
+    """Values and mask of some rows, in the precision in which the policy is scored."""
+    device = critic.model.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=rl.uses_bf16(device, config)):
+        return critic([prompts[i] for i in rows], [responses[i] for i in rows])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Advantages
+# ----------------------------------------------------------------------------------------------------------------------
+
+def gae(rewards, values, mask, gamma=1.0, lam=1.0):
+    """Rewards and values of response tokens (B, T) -> advantages, returns (B, T) (Schulman et al., 2016).
+
+    delta_t = r_t + gamma V_{t+1} - V_t, with no value after the last token; A_t = sum over l of (gamma lam)^l
+    delta_{t+l}; the return, which the critic shall predict, is A_t + V_t.
+    """
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    deltas = (rewards + gamma * next_values - values) * mask
+    advantages, later = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        advantages[:, t] = later = deltas[:, t] + gamma * lam * later
+    return advantages, (advantages + values) * mask
+
+
+def whiten(advantages, mask):
+    """Mean 0 and variance 1 over all tokens (of all processes), 0 elsewhere: (B, T) -> (B, T)."""
+    n, total, squares = rl.sum_over_processes(torch.stack(
+        [mask.sum(), (advantages * mask).sum(), (advantages.square() * mask).sum()]).double())
+    mean = total / n
+    return ((advantages - mean) * ((squares / n - mean.square()).clamp(min=0) + 1e-8).rsqrt() * mask).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Value loss
+# ----------------------------------------------------------------------------------------------------------------------
+
+def value_loss(values, old_values, returns, mask, num_tokens, clip):
+    """1/2 max((V - R)^2, (clip(V, old V +- clip) - R)^2), averaged over tokens -> (scalar, stats). All (B, T)."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    error, clipped_error = (values - returns).square(), (clipped - returns).square()
+    loss = 0.5 * (torch.max(error, clipped_error) * mask).sum() / num_tokens
+    return loss, {"value_loss": loss.item(), "value": float((values.detach() * mask).sum() / num_tokens)}
+
+
+def update_critic(critic, optimizer, prompts, responses, old_values, returns, config, clip) -> dict:
+    """One optimizer step of the critic -> stats; as update_policy, but of another loss."""
+    device, stats = critic.model.device, {"value_loss": 0.0, "value": 0.0}
+    num_tokens = int(rl.sum_over_processes(torch.tensor(sum(map(len, responses)), device=device)))
+    for rows in rl.micro_batches(prompts, responses, config.token_budget):
+        values, mask = score(critic, prompts, responses, rows, config)
+        old, R = (pad_sequence([x[i] for i in rows], batch_first=True).to(device) for x in (old_values, returns))
+        loss, parts = value_loss(values, old, R, mask, num_tokens, clip)
+        loss.backward()
+        stats = {name: stats[name] + parts[name] for name in stats}
+    for param in critic.parameters():
+        if param.grad is not None:                  # the head of the logits has none
+            rl.sum_over_processes(param.grad)
+    torch.nn.utils.clip_grad_norm_(critic.parameters(), config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return stats
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, epilog="All other flags are those of one_shot_rlvr.py.")
+    parser.error = rl.fail
+    parser.add_argument("--gamma", type=float, default=1.0, help="discount of later rewards (default: 1)")
+    parser.add_argument("--lam", type=float, default=1.0, help="lambda of GAE (default: 1)")
+    parser.add_argument("--critic-learning-rate", type=float, help="default: 1e-5, in the tiny world 1e-3")
+    parser.add_argument("--critic-updates", type=int, default=8,
+                        help="steps of the critic on each batch, each on another part of it (default: 8)")
+    parser.add_argument("--value-clip", type=float, default=0.5, help="how far a value may move (default: 0.5)")
+    ppo, argv = parser.parse_known_args(argv)
+    config = rl.parse_args(argv)
+    if ppo.critic_updates < 1 or config.prompts_per_step % ppo.critic_updates:
+        rl.fail(f"--critic-updates {ppo.critic_updates} must divide --prompts-per-step {config.prompts_per_step}")
+    train_policy, save_policy, load_policy = rl.train_on, rl.save_checkpoint, rl.load_checkpoint
+
+    @functools.cache                # made at its first use, when the process knows its GPU
+    def critic_and_optimizer():
+        critic = Critic(rl.load_model(config.model)[0])
+        learning_rate = ppo.critic_learning_rate or (1e-3 if config.preset == "tiny" else 1e-5)
+        return critic, torch.optim.AdamW(critic.parameters(), lr=learning_rate, weight_decay=config.weight_decay)
+
+    def train_on(policy, ref_policy, policy_optimizer, prompts, responses, sampler_logprobs, rewards, config):
+        """In the place of rl.train_on: values, advantages, the policy's update, the critic's updates."""
+        critic, optimizer = critic_and_optimizer()
+        N, old_values = len(prompts), [None] * len(prompts)
+        with torch.no_grad():
+            for rows in rl.micro_batches(prompts, responses, config.token_budget):
+                for i, values, mask in zip(rows, *score(critic, prompts, responses, rows, config)):
+                    old_values[i] = values[mask]
+        values = pad_sequence(old_values, batch_first=True)                                                     # (N, T)
+        lengths = torch.tensor([len(response) for response in responses], device=values.device)                   # (N,)
+        mask = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+        token_rewards = torch.zeros_like(values)
+        token_rewards[range(N), lengths - 1] = rewards.to(values.device)        # the reward comes with the last token
+        advantages, returns = gae(token_rewards, values, mask, ppo.gamma, ppo.lam)
+        advantages = whiten(advantages, mask)
+        advantages, returns = ([row[kept] for row, kept in zip(x, mask)] for x in (advantages, returns))
+        stats = train_policy(policy, ref_policy, policy_optimizer, prompts, responses, sampler_logprobs, advantages,
+                             config)
+        for part in (slice(first, first + N // ppo.critic_updates) for first in range(0, N, N // ppo.critic_updates)):
+            stats |= update_critic(critic, optimizer, prompts[part], responses[part], old_values[part], returns[part],
+                                   config, ppo.value_clip)
+        return stats
+
+    def save_checkpoint(run_dir, step, policy, policy_optimizer):
+        """The critic of a step is there before the policy's checkpoint names that step."""
+        critic, optimizer = critic_and_optimizer()
+        (run_dir / "latest").mkdir(exist_ok=True)
+        with rl.atomically(run_dir / "latest" / f"critic-{step}.pt") as temporary:
+            torch.save({"flags": vars(ppo), "critic": critic.state_dict(), "optimizer": optimizer.state_dict()},
+                       temporary)
+        save_policy(run_dir, step, policy, policy_optimizer)
+        for path in (run_dir / "latest").glob("critic-*.pt"):
+            if path.name != f"critic-{step}.pt":
+                path.unlink()
+
+    def load_checkpoint(run_dir, policy, policy_optimizer):
+        step = load_policy(run_dir, policy, policy_optimizer)
+        path = run_dir / "latest" / f"critic-{step}.pt"
+        if step and not path.exists():
+            rl.fail(f"--resume: {run_dir} has no critic; it is a run of one_shot_rlvr.py")
+        if step:
+            critic, optimizer = critic_and_optimizer()
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["flags"] != vars(ppo):
+                rl.fail(f"--resume: {run_dir} was made with {state['flags']}; give the same flags")
+            critic.load_state_dict(state["critic"])
+            optimizer.load_state_dict(state["optimizer"])
+        return step
+
+    rl.group_advantages = lambda rewards, *_: torch.tensor(rewards)             # no groups: the critic is the baseline
+    rl.train_on, rl.save_checkpoint, rl.load_checkpoint = train_on, save_checkpoint, load_checkpoint
+    rl.main(argv)
+
+
+if __name__ == "__main__":
+    main()
