@@ -176,7 +176,7 @@ def tasks_left(model, tokenizer, benchmarks, done, k, temperature, max_response_
 
 
 def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, max_response_tokens=3072, slots=None,
-                     seed=0, responses_path=None) -> tuple:
+                     seed=0, cuda_graph=True, responses_path=None) -> tuple:
     """Sample and check all responses to {name: problems} that responses_path does not hold -> all rows, tokens/second.
 
     k and temperature None: the benchmark's own, as the paper has them. All benchmarks feed one queue, so that nothing
@@ -205,7 +205,7 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
     tasks, prompts, limits, temperatures, noise = zip(*tasks) if tasks else 5 * ([],)
     sampled, start = 0, time.perf_counter()
     for running, ended in generate_each(model, prompts, limits, temperatures, torch.tensor(np.array(noise)), stop_ids,
-                                        slots):
+                                        slots, cuda_graph and model.device.type == "cuda"):
         for i, response, _ in ended:
             check(tasks[i], response)
         sampled += running
@@ -375,7 +375,8 @@ def say_once(text) -> None:
     print(text, flush=True)
 
 
-def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=None, lenient=False) -> dict:
+def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=None, cuda_graph=True,
+                     lenient=False) -> dict:
     """An evaluation with its files, OUTPUT.json and the responses in OUTPUT.jsonl; goes on with one that was stopped.
 
     The .json is there from the start, without results: it says with which settings the responses are sampled. `lenient`
@@ -407,7 +408,7 @@ def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=N
         if not saved:
             write_json(output, {"model": model_name, "settings": settings, "benchmarks": {}, "average": None})
         options = {key: settings[key] for key in ("k", "temperature", "max_response_tokens", "seed")}
-        rows, speed = sample_and_check(model, tokenizer, benchmarks, **options, slots=slots,
+        rows, speed = sample_and_check(model, tokenizer, benchmarks, **options, slots=slots, cuda_graph=cuda_graph,
                                        responses_path=responses_path)
         result = {"model": model_name, "settings": settings, **measure_all(rows, benchmarks),
                   "tokens_per_second": speed}
@@ -460,6 +461,8 @@ def main(argv=None) -> None:
     parser.add_argument("--max-response-tokens", type=int, help="longest response (default: 3072)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     parser.add_argument("--slots", type=int, default=256, help="responses sampled at the same time (default: 256)")
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
+                        help="launch a decode step's kernels in one go; nothing on a CPU")
     parser.add_argument("--by", choices=["subject", "level"], help="MATH500 by subject (paper, Table 3) or by level")
     parser.add_argument("--lenient", action="store_true", help="show the verdicts of the paper's laxer evaluation; the "
                                                                "files always hold both")
@@ -492,7 +495,7 @@ def main(argv=None) -> None:
     if output.suffix != (".jsonl" if args.run else ".json"):
         fail(f"--output {output}: its name must end in {'.jsonl' if args.run else '.json'}")
     run_one = functools.partial(evaluate_to_file, names=names, settings=settings, data_dir=args.data_dir,
-                                slots=args.slots, lenient=args.lenient)
+                                slots=args.slots, cuda_graph=args.cuda_graph, lenient=args.lenient)
     try:
         if args.run:
             return curve(args.run, output, run_one)

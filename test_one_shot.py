@@ -686,7 +686,7 @@ def test_in_bf16_the_kl_starts_at_zero(folder, tmp_path, easy_reward):
 
 
 def test_a_model_that_caps_its_logits_is_refused(model, monkeypatch):
-    rl.check_head(model, PROMPTS[1])
+    rl.check_model(model, PROMPTS[1], 100)
     forward = model.forward
 
     def capped(**kwargs):
@@ -695,7 +695,15 @@ def test_a_model_that_caps_its_logits_is_refused(model, monkeypatch):
         return output
     monkeypatch.setattr(model, "forward", capped)
     with pytest.raises(SystemExit):
-        rl.check_head(model, PROMPTS[1])
+        rl.check_model(model, PROMPTS[1], 100)
+
+
+def test_a_model_that_sees_only_a_window_is_refused():
+    """The sampler's mask shows every row all of its keys."""
+    model = random_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    rl.check_model(model, PROMPTS[1], 8)
+    with pytest.raises(SystemExit):
+        rl.check_model(model, PROMPTS[1], 9)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -990,7 +998,8 @@ def test_value_loss_equals_the_slow_loop_with_gradients():
     assert torch.allclose(torch.autograd.grad(loss, values)[0], torch.autograd.grad(slow, values)[0])
 
 
-def test_ppo_runs_learns_values_and_resumes_to_the_bit(folder, tmp_path, easy_reward, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [[], ["--precision", "bf16", "--activation-checkpointing"]])
+def test_ppo_runs_learns_values_and_resumes_to_the_bit(folder, tmp_path, easy_reward, monkeypatch, capsys, more):
     for name in ("group_advantages", "train_on", "save_checkpoint", "load_checkpoint"):
         monkeypatch.setattr(rl, name, getattr(rl, name))                        # put back after the test
     real = {name: getattr(rl, name) for name in ("train_on", "save_checkpoint", "load_checkpoint")}
@@ -999,8 +1008,8 @@ def test_ppo_runs_learns_values_and_resumes_to_the_bit(folder, tmp_path, easy_re
         for name, function in real.items():
             setattr(rl, name, function)
         ppo.main([*flags, "--critic-updates", "2", "--critic-learning-rate", "1e-2", "--lam", "0.9"])
-    run(*run_flags(folder, tmp_path / "whole"))
-    run(*run_flags(folder, tmp_path / "run", "--steps", 2))
+    run(*run_flags(folder, tmp_path / "whole", *more))
+    run(*run_flags(folder, tmp_path / "run", *more, "--steps", 2))
     run("--output-dir", str(tmp_path / "run"), "--resume", "--steps", "4")
     assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
     assert same_weights(tmp_path / "run" / "step-000004", tmp_path / "whole" / "step-000004")

@@ -14,6 +14,7 @@ a critic that knew nothing but the mean reward would make it GRPO's without the 
 import argparse
 import functools
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -32,14 +33,15 @@ class Critic(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.head = model, torch.nn.Linear(model.config.hidden_size, 1, device=model.device)
+        self.model, self.head = model.base_model, torch.nn.Linear(model.config.hidden_size, 1, device=model.device)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, prompts, responses):
         """Value before each response token, and the mask of these tokens: (B, T) and 0 after the end."""
         hidden, _, mask = rl.hidden_states(self.model, prompts, responses)
-        values = self.head(hidden.float()).squeeze(1)                                                             # (M,)
+        with torch.autocast(hidden.device.type, enabled=False):         # a bf16 value has three digits
+            values = self.head(hidden.float()).squeeze(1)                                                         # (M,)
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values), mask
 
 
@@ -90,21 +92,20 @@ def value_loss(values, old_values, returns, mask, num_tokens, clip):
 
 def update_critic(critic, optimizer, prompts, responses, old_values, returns, config, clip) -> dict:
     """One optimizer step of the critic -> stats; as update_policy, but of another loss."""
-    device, stats = critic.model.device, {"value_loss": 0.0, "value": 0.0}
+    device, stats = critic.model.device, Counter()
     num_tokens = int(rl.sum_over_processes(torch.tensor(sum(map(len, responses)), device=device)))
     for rows in rl.micro_batches(prompts, responses, config.token_budget):
         values, mask = score(critic, prompts, responses, rows, config)
         old, R = (pad_sequence([x[i] for i in rows], batch_first=True).to(device) for x in (old_values, returns))
         loss, parts = value_loss(values, old, R, mask, num_tokens, clip)
         loss.backward()
-        stats = {name: stats[name] + parts[name] for name in stats}
+        stats.update(parts)
     for param in critic.parameters():
-        if param.grad is not None:                  # the head of the logits has none
-            rl.sum_over_processes(param.grad)
+        rl.sum_over_processes(param.grad)
     torch.nn.utils.clip_grad_norm_(critic.parameters(), config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
-    return stats
+    return {name: float(rl.sum_over_processes(torch.tensor(value, device=device))) for name, value in stats.items()}
 
 
 def main(argv=None) -> None:
@@ -126,6 +127,8 @@ def main(argv=None) -> None:
     @functools.cache                # made at its first use, when the process knows its GPU
     def critic_and_optimizer():
         critic = Critic(rl.load_model(config.model)[0])
+        if config.activation_checkpointing:
+            rl.checkpoint_layers(critic.model)
         learning_rate = ppo.critic_learning_rate or (1e-3 if config.preset == "tiny" else 1e-5)
         return critic, torch.optim.AdamW(critic.parameters(), lr=learning_rate, weight_decay=config.weight_decay)
 
@@ -147,10 +150,12 @@ def main(argv=None) -> None:
         advantages, returns = ([row[kept] for row, kept in zip(x, mask)] for x in (advantages, returns))
         stats = train_policy(policy, ref_policy, policy_optimizer, prompts, responses, sampler_logprobs, advantages,
                              config)
-        for part in (slice(first, first + N // ppo.critic_updates) for first in range(0, N, N // ppo.critic_updates)):
-            stats |= update_critic(critic, optimizer, prompts[part], responses[part], old_values[part], returns[part],
-                                   config, ppo.value_clip)
-        return stats
+        critic_stats = Counter()
+        for first in range(0, N, N // ppo.critic_updates):
+            part = slice(first, first + N // ppo.critic_updates)
+            critic_stats.update(update_critic(critic, optimizer, prompts[part], responses[part], old_values[part],
+                                              returns[part], config, ppo.value_clip))
+        return {**stats, **{name: value / ppo.critic_updates for name, value in critic_stats.items()}}
 
     def save_checkpoint(run_dir, step, policy, policy_optimizer):
         """The critic of a step is there before the policy's checkpoint names that step."""
