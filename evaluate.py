@@ -12,6 +12,12 @@ over 8 samples at temperature 0.6 (avg@8, which the released code calls pass@8);
 Qwen2.5-Math where the chat template has a system role; the plain mean of the six as the average. Sampling and checking
 are the trainer's own. Base and trained model are run in one precision: in the paper it moves the base by 3.6 points.
 
+    1. Benchmarks   load the problems, from the hub or from files
+    2. Samples      k responses to each problem, checked as in training, each appended to a .jsonl as it ends
+    3. Measures     avg@k, pass@k, share boxed and cut short, length, self-reflection
+    4. Tables       of one evaluation, or of two side by side
+    5. Files        one evaluation, which can be stopped and goes on, or a curve of all steps of a run
+
 How to read the table: avg@k is the share of right answers, over problems and k samples of each; the figure behind +- is
 its standard error over problems; pass@k is the share of problems that at least one of k samples solves. Two models
 answer the same problems, so compare them by --compare, whose standard error is that of the difference.
@@ -37,9 +43,9 @@ import torch
 from tqdm import tqdm
 
 from labs import tiny
-from one_shot_rlvr import (EVAL_SYSTEM, TINY_BASE, append_rows, atomically, encode_prompt, equivalent, extract_boxed,
-                           fail, find_stop_ids, generate_each, indented, is_correct, keep_rows, load_model, make_folder,
-                           read_log, read_rows, write_json)
+from one_shot_rlvr import (EVAL_SYSTEM, TINY_BASE, Config, append_rows, atomically, describe_prompt, encode_prompt,
+                           equivalent, extract_boxed, fail, find_stop_ids, generate_each, has_box, is_correct,
+                           keep_rows, load_model, make_folder, read_json, read_jsonl, read_log, write_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ def load_benchmark(name, data_dir=None) -> list:
     """Rows {"problem", "answer", ...}: of DIR/NAME.jsonl, of a .jsonl file, of the tiny world, or from the hub."""
     path = Path(data_dir, f"{name}.jsonl") if data_dir and not name.endswith(".jsonl") else Path(name)
     if path.suffix == ".jsonl":
-        rows = read_rows(path)
+        rows = read_jsonl(path)
     elif name in tiny.BENCHMARKS:
         rows = dict(enumerate(tiny.load_benchmark(name), 1))
     elif name in BENCHMARKS:
@@ -119,13 +125,14 @@ def load_benchmarks(names, data_dir=None, limit=None) -> dict:
 
 def protocol(name, k=None, temperature=None) -> tuple:
     """k and temperature of a benchmark: those given, else the paper's or the tiny world's, else one greedy response."""
-    own = BENCHMARKS[name][-2:] if name in BENCHMARKS else tiny.PROTOCOL if name in tiny.BENCHMARKS else (1, 0.0)
-    temperature = own[1] if temperature is None else temperature
-    return k or (own[0] if temperature else 1), temperature
+    paper = BENCHMARKS.get(name)
+    own_k, own_T = (paper.k, paper.temperature) if paper else tiny.PROTOCOL if name in tiny.BENCHMARKS else (1, 0.0)
+    temperature = own_T if temperature is None else temperature
+    return k or (own_k if temperature else 1), temperature
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Sample and check
+# 2. Samples
 # ----------------------------------------------------------------------------------------------------------------------
 
 def is_correct_lenient(response, answer) -> bool:
@@ -138,7 +145,7 @@ def is_correct_lenient(response, answer) -> bool:
     _, box, after = response.rpartition("\\boxed")
     phrase = next((p for p in ("he answer is", "final answer is") if p in response), None)
     if box:
-        given = extract_boxed(box + after) or after.lstrip(" {")
+        given = extract_boxed(box + after) or after.lstrip(" {").split("$")[0]
     elif phrase:
         given = response.rpartition(phrase)[2].strip(" :\n").rstrip(".")
     else:
@@ -158,19 +165,19 @@ def tasks_left(model, tokenizer, benchmarks, done, k, temperature, max_response_
     free while the last long ones of the hard benchmarks are still running.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    asked = {(row["benchmark"], row["problem"], row["sample"]): (row["question"], row["answer"]) for row in done}
+    asked = {(row["benchmark"], row["number"], row["sample"]): (row["problem"], row["answer"]) for row in done}
     for name in reversed(benchmarks):
-        n_samples, T = protocol(name, k, temperature)
+        n_samples, its_temperature = protocol(name, k, temperature)
         for number, problem in enumerate(benchmarks[name]):
             prompt = encode_prompt(tokenizer, problem["problem"], EVAL_SYSTEM)
             for sample in range(n_samples):
                 before = asked.get((name, number, sample))
                 if before is None:
-                    row = {"benchmark": name, "problem": number, "sample": sample, "temperature": T,
-                           "question": problem["problem"], **{key: problem[key] for key in problem if key != "problem"}}
+                    row = {"benchmark": name, "number": number, "sample": sample, "temperature": its_temperature,
+                           **problem}
                     draw = np.random.default_rng([seed, zlib.crc32(name.encode()), number, sample])
-                    noise = draw.random(max_response_tokens) if T else np.zeros(max_response_tokens)
-                    yield row, prompt, min(max_response_tokens, context - len(prompt)), T, noise
+                    noise = draw.random(max_response_tokens) if its_temperature else np.zeros(max_response_tokens)
+                    yield row, prompt, min(max_response_tokens, context - len(prompt)), its_temperature, noise
                 elif before != (problem["problem"], problem["answer"]):
                     fail(f"{name}, problem {number}: it has changed since this evaluation began; name another --output")
 
@@ -189,7 +196,7 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
     progress = tqdm(total=len(rows) + len(tasks), initial=len(rows), desc="responses", disable=None, leave=False,
                     miniters=0)
 
-    def check(row, response):
+    def record(row, response):
         text = tokenizer.decode(response, skip_special_tokens=True)
         rows.append({**row, "text": text, "extracted": extract_boxed(text), "correct": is_correct(text, row["answer"]),
                      "correct_lenient": is_correct_lenient(text, row["answer"]), "tokens": len(response),
@@ -199,15 +206,15 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
 
     for row, _, limit, *_ in tasks:
         if limit < 1:
-            check(row, [])
+            record(row, [])
             progress.update()
     tasks = [task for task in tasks if task[2] > 0]
-    tasks, prompts, limits, temperatures, noise = zip(*tasks) if tasks else 5 * ([],)
+    waiting, prompts, limits, temperatures, noise = zip(*tasks) if tasks else 5 * ([],)
     sampled, start = 0, time.perf_counter()
     for running, ended in generate_each(model, prompts, limits, temperatures, torch.tensor(np.array(noise)), stop_ids,
                                         slots, cuda_graph and model.device.type == "cuda"):
         for i, response, _ in ended:
-            check(tasks[i], response)
+            record(waiting[i], response)
         sampled += running
         right = f"{np.mean([row['correct'] for row in rows]):.1%} right, " if rows else ""
         progress.set_postfix_str(f"{right}{sampled:,} tokens, {running} rows running", refresh=False)
@@ -217,7 +224,7 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Measure
+# 3. Measures
 # ----------------------------------------------------------------------------------------------------------------------
 
 REFLECTION = re.compile(r"rethink|recheck|recalculate", re.IGNORECASE)         # the paper's three words, Sec. 3.2.4
@@ -245,7 +252,7 @@ def group_by(rows, *keys) -> dict:
 def by_problem(rows, verdict="correct") -> dict:
     """Checked responses -> {problem: [whether each sample is right]}; verdict: "correct" or "correct_lenient"."""
     return {problem: [row[verdict] for row in samples]
-            for problem, samples in group_by(rows, "problem", "question").items()}
+            for problem, samples in group_by(rows, "number", "problem").items()}
 
 
 def accuracy(rows, verdict) -> dict:
@@ -264,7 +271,7 @@ def measure(rows) -> dict:
     n = len(by_problem(rows))
     return {"n": n, "k": len(rows) // n, "temperature": rows[0]["temperature"], **accuracy(rows, "correct"),
             "lenient": accuracy(rows, "correct_lenient"),
-            "boxed": share(bool((row["extracted"] or "").strip()) for row in rows),
+            "boxed": share(has_box(row["text"]) for row in rows),
             "truncated": share(row["truncated"] for row in rows),
             "too_long": sum(row["too_long"] for row in rows if row["sample"] == 0),
             "mean_length": share(row["tokens"] for row in rows),
@@ -313,10 +320,10 @@ def print_table(result, by=None) -> None:
 
 def load_evaluation(path) -> tuple:
     """A finished evaluation -> (its JSON, its checked responses)."""
-    result = read_rows(path)
+    result = read_json(path)
     if not isinstance(result, dict) or result.get("average") is None or path.suffix != ".json":
         fail(f"{path}: not the .json of a finished evaluation")
-    return result, list(read_rows(path.with_suffix(".jsonl")).values())
+    return result, list(read_jsonl(path.with_suffix(".jsonl")).values())
 
 
 def difference(rows_a, rows_b, verdict="correct") -> dict:
@@ -329,7 +336,7 @@ def difference(rows_a, rows_b, verdict="correct") -> dict:
 
 
 def conclusion(d) -> str:
-    if d["won"] + d["lost"] < 6:                # even where all five fall to one side: so do five coins, in 6% of cases
+    if d["won"] + d["lost"] < 6:                # five problems fall to one side by chance in 6% of cases, as coins do
         return "too few problems differ"
     better = "B is better" if d["b"] > d["a"] else "A is better"
     return better if abs(d["b"] - d["a"]) > 2 * d["stderr"] else "within noise"
@@ -358,21 +365,43 @@ def compare(path_a, path_b, by="subject", verdict="correct") -> None:
         {key: sum(d[key] for d in whole) for key in ("n", "won", "lost")} | \
         {"stderr": math.hypot(*(d["stderr"] for d in whole)) / len(whole)}
     print(f"\n{'benchmark':<24}{'n':>5}{'A':>8}{'B':>8}{'B - A':>8}{'+-':>6}{'won':>6}{'lost':>6}")
-    for name, d in ((name, d) for name, d in [*lines, ("average", average)] if d["n"]):
-        print(f"{name[:23]:<24}{d['n']:>5}{100 * d['a']:>8.1f}{100 * d['b']:>8.1f}{100 * (d['b'] - d['a']):>+8.1f}"
-              f"{100 * d['stderr']:>6.1f}{d['won']:>6}{d['lost']:>6}  {conclusion(d)}")
+    for name, d in [*lines, ("average", average)]:
+        if d["n"]:
+            print(f"{name[:23]:<24}{d['n']:>5}{100 * d['a']:>8.1f}{100 * d['b']:>8.1f}{100 * (d['b'] - d['a']):>+8.1f}"
+                  f"{100 * d['stderr']:>6.1f}{d['won']:>6}{d['lost']:>6}  {conclusion(d)}")
     print("\nwon, lost: problems that B solves more, or less, often than A. +-: standard error of B - A over the\n"
           "problems, paired, because both models answered the same ones. Better: by more than two standard errors,\n"
           "which chance alone does in one line of twenty.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Files: one evaluation, or a curve of them
+# 5. Files
 # ----------------------------------------------------------------------------------------------------------------------
 
-@functools.cache
+@functools.cache                            # the models of a curve share the prompt
 def say_once(text) -> None:
     print(text, flush=True)
+
+
+def refuse_other_evaluation(saved, model_name, settings, output) -> None:
+    """What lies at `output` is gone on with only if it has these settings, and the model's weights are not newer."""
+    before = {**saved["settings"], "model": saved["model"]}
+    for key, value in {"model": model_name, **settings}.items():
+        if before.get(key) != value:
+            fail(f"{output} holds an evaluation with {key} {before.get(key)}, not {value}; name another --output")
+    weights = [path.stat().st_mtime for path in Path(model_name).glob("*.safetensors")]
+    if max(weights, default=0) > output.stat().st_mtime:
+        fail(f"{output} holds an evaluation of older weights than {model_name} has now; name another --output")
+
+
+def as_lenient(result) -> dict:
+    """The same with the figures of the lenient verdict in the place of the strict ones."""
+    benchmarks = {}
+    for name, measures in result["benchmarks"].items():
+        groups = {key: {value: {**m, **m["lenient"]} for value, m in measures[key].items()}
+                  for key in ("by_subject", "by_level") if key in measures}
+        benchmarks[name] = {**measures, **measures["lenient"], **groups}
+    return {**result, "benchmarks": benchmarks, "average": result["average_lenient"]}
 
 
 def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=None, cuda_graph=True,
@@ -384,14 +413,8 @@ def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=N
     """
     responses_path, saved = output.with_suffix(".jsonl"), None
     if output.exists():
-        saved = read_rows(output)
-        for key, value in {"model": model_name, **settings}.items():
-            before = {**saved["settings"], "model": saved["model"]}.get(key)
-            if before != value:
-                fail(f"{output} holds an evaluation with {key} {before}, not {value}; name another --output")
-        weights = [path.stat().st_mtime for path in Path(model_name).glob("*.safetensors")]
-        if max(weights, default=0) > output.stat().st_mtime:
-            fail(f"{output} holds an evaluation of older weights than {model_name} has now; name another --output")
+        saved = read_json(output)
+        refuse_other_evaluation(saved, model_name, settings, output)
     elif responses_path.exists():
         fail(f"{responses_path} holds responses, but {output} with their settings is gone; name another --output")
     if saved and saved["average"] is not None:
@@ -401,9 +424,8 @@ def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=N
         benchmarks = load_benchmarks(names, data_dir, settings["limit"])
         model, tokenizer = load_model(model_name, getattr(torch, settings["dtype"]))
         stop_ids = find_stop_ids(tokenizer, model.generation_config)
-        first = next(iter(benchmarks.values()))[0]["problem"]
-        say_once(f"first prompt:\n{indented(tokenizer.decode(encode_prompt(tokenizer, first, EVAL_SYSTEM)))}\n"
-                 f"a response ends at {', '.join(f'{i} {tokenizer.decode([i])!r}' for i in stop_ids)}")
+        first = encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], EVAL_SYSTEM)
+        say_once(f"first prompt:\n{describe_prompt(tokenizer, first, stop_ids)}")
         make_folder(output.parent, "--output")
         if not saved:
             write_json(output, {"model": model_name, "settings": settings, "benchmarks": {}, "average": None})
@@ -413,13 +435,7 @@ def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=N
         result = {"model": model_name, "settings": settings, **measure_all(rows, benchmarks),
                   "tokens_per_second": speed}
         write_json(output, result)
-    if lenient:
-        result["average"] = result["average_lenient"]
-        for measures in result["benchmarks"].values():
-            groups = [*measures.get("by_subject", {}).values(), *measures.get("by_level", {}).values()]
-            for m in (measures, *groups):
-                m.update(m["lenient"])
-    return result
+    return as_lenient(result) if lenient else result
 
 
 def curve(run, output, evaluate_step) -> None:
@@ -432,7 +448,7 @@ def curve(run, output, evaluate_step) -> None:
     name = "eval.json" if output == run / "curve.jsonl" else f"{output.stem}.json"
     models = {int(folder.name[5:]): (str(folder), folder / name) for folder in sorted(run.glob("step-*"))
               if folder.name[5:].isdigit()}
-    models = {0: (read_rows(run / "config.json")["model"], run / f"base-{name}"), **models}
+    models = {0: (read_json(run / "config.json")["model"], run / f"base-{name}"), **models}
     rows = []
     for step, (model_name, step_output) in models.items():
         result = evaluate_step(model_name, step_output)
@@ -449,7 +465,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", help="Hugging Face id or model folder (default: Qwen/Qwen2.5-Math-1.5B)")
+    what.add_argument("--model", help=f"Hugging Face id or model folder (default: {Config().model})")
     what.add_argument("--run", type=Path, help="a run of one_shot_rlvr.py: base model and all steps, as a curve")
     what.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="print two evaluations side by side")
     parser.add_argument("--preset", choices=["paper", "tiny"], help="default model and benchmarks (default: paper)")
@@ -460,7 +476,8 @@ def main(argv=None) -> None:
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the paper's, 0 or 0.6)")
     parser.add_argument("--max-response-tokens", type=int, help="longest response (default: 3072)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
-    parser.add_argument("--slots", type=int, default=256, help="responses sampled at the same time (default: 256)")
+    parser.add_argument("--slots", type=int, default=Config().slots,
+                        help="responses sampled at the same time (default: %(default)s)")
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
                         help="launch a decode step's kernels in one go; nothing on a CPU")
     parser.add_argument("--by", choices=["subject", "level"], help="MATH500 by subject (paper, Table 3) or by level")
@@ -478,7 +495,7 @@ def main(argv=None) -> None:
     if args.compare:
         return compare(*args.compare, args.by or "subject", "correct_lenient" if args.lenient else "correct")
 
-    preset = args.preset or (read_rows(args.run / "config.json")["preset"] if args.run else "paper")
+    preset = args.preset or (read_json(args.run / "config.json")["preset"] if args.run else "paper")
     names = args.benchmarks or list(tiny.BENCHMARKS if preset == "tiny" else BENCHMARKS)
     for name in names:
         k, temperature = protocol(Path(name).stem, args.k, args.temperature)
@@ -486,9 +503,9 @@ def main(argv=None) -> None:
             fail(f"--k {k} for {name}: greedy, all its samples would be the same; add --temperature 0.6")
     settings = dict(benchmarks=[Path(name).stem for name in names], limit=args.limit, k=args.k, seed=args.seed,
                     temperature=args.temperature, max_response_tokens=args.max_response_tokens or
-                    (tiny.MAX_RESPONSE_TOKENS if preset == "tiny" else 3072),
+                    (tiny.MAX_RESPONSE_TOKENS if preset == "tiny" else Config().max_response_tokens),
                     dtype="bfloat16" if torch.cuda.is_available() else "float32")
-    model_name = args.model or (TINY_BASE if preset == "tiny" else "Qwen/Qwen2.5-Math-1.5B")
+    model_name = args.model or (TINY_BASE if preset == "tiny" else Config().model)
     output = args.output or (args.run / "curve.jsonl" if args.run else Path(model_name, "eval.json")
                              if Path(model_name).is_dir() or model_name == TINY_BASE
                              else Path(f"runs/eval-{Path(model_name).name}.json"))

@@ -7,20 +7,21 @@ to reason about mathematics (Wang et al., arXiv 2504.20571). One file, one GPU o
 
 The algorithm is GRPO. One step:
     1. Example      the one problem becomes one prompt, repeated as 128 groups of 8
-    2. Rollouts     sample a response to each of the 1,024 prompts, at temperature 0.6
+    2. Rollouts     sample a response to each of the 1,024 prompts, at temperature 0.6; prompt + response is a rollout
     3. Reward       1 if the last \boxed{...} of the response equals the answer, else 0
     4. Advantages   in each group of 8: (reward - mean) / std
     5. Loss         clipped policy gradient + 0.001 KL to the initial model - 0.001 entropy, mean over response tokens
     6. Update       one AdamW step; then again from 1, some 2,000 times
-The numbers come back as the titles of the sections. The two appendices, on the speed of a GPU and on comparing answers,
-are for last.
+The sections are numbered like these steps, and main() at the end of section 9 is these steps in a loop: look at it
+first, and leave the two appendices, on the speed of a GPU and on comparing answers, for last.
 
 Where this differs from the paper's text [P] and from its released code [C] (skip this on a first reading):
     1. One update a batch, as in [C]; [P] says eight (--updates-per-batch 8). With one, ratio is 1: nothing is clipped.
     2. The ratio is of single tokens, as in [C], and the mean over all tokens of the update (--loss-agg sequence: over
        each sequence first). [P] writes one ratio a sequence; [C] averages micro-batches, and depends on their packing.
     3. Every log-probability is of logits / temperature, as in [C]; [P] writes plain logits.
-    4. Old log-probabilities are the trainer's own, as in [C], not the sampler's: on CUDA the sampler is a bf16 copy.
+    4. Old log-probabilities are the trainer's own, as in [C], not the sampler's, which on CUDA is a bf16 copy; how far
+       the two are apart is logged (sampler_gap).
     5. The learning rate is constant from the first step; in [C] the very first step has rate 0.
     6. The reward reads the response alone; [C] reads prompt + response, and the prompt holds an empty \boxed{}.
     7. The checker compares by exact value (8/6 is 4/3, 3*8 is 24) and lets a unit follow (12.8 mph); [C] refuses these.
@@ -37,7 +38,6 @@ import contextlib
 import copy
 import datetime
 import functools
-import inspect
 import json
 import math
 import operator
@@ -69,10 +69,6 @@ try:
     import resource
 except ImportError:             # Windows: peak memory is not shown there
     resource = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:             # torch before 2.10: the sampler's attention then reads more than it needs
-    varlen_attn = lambda: None
 
 HERE = Path(__file__).resolve().parent
 
@@ -107,7 +103,7 @@ class Config:
     group_size: int = setting(8, "rollouts", "rollouts a group, whose mean is the baseline [C]")
     max_response_tokens: int = setting(3072, "rollouts", "longest response [C]")
     temperature: float = setting(0.6, "rollouts", "temperature of sampling and of every log-probability [C]")
-    slots: int = setting(256, "rollouts", "responses sampled at the same time; bounds the memory of the cache")
+    slots: int = setting(320, "rollouts", "responses sampled at the same time; bounds the memory of the cache")
     cuda_graph: bool = setting(True, "rollouts", "launch a decode step's kernels in one go; nothing on a CPU")
 
     reward: str = setting("answer", "loss", "what earns 1: the right answer, any boxed one [P: C.2.3], nothing",
@@ -126,9 +122,9 @@ class Config:
     learning_rate: float = setting(1e-6, "update", "of AdamW, constant [C]")
     weight_decay: float = setting(0.01, "update", "of AdamW [C]")
     grad_clip: float = setting(1.0, "update", "largest norm of the gradient [C]")
-    token_budget: int = setting(4096, "update", "tokens of a micro-batch; bounds memory, changes no result")
+    token_budget: int = setting(6144, "update", "tokens of a micro-batch; bounds memory, changes no result")
     activation_checkpointing: bool = setting(False, "update", "compute activations again in backward: less memory, "
-                                             "a quarter more arithmetic")
+                                             "one more forward pass")
     offload_optimizer: bool = setting(False, "update", "keep AdamW's 8 bytes a parameter in host memory")
     precision: str = setting("auto", "update", "of matrix products; auto is bf16 on CUDA, fp32 on a CPU",
                              ["auto", "bf16", "fp32"])
@@ -175,11 +171,11 @@ def parse_args(argv=None) -> Config:
     if config.resume:
         try:
             saved = json.loads(Path(config.output_dir, "config.json").read_text(encoding="utf-8"))
-            saved = {f.name: saved[f.name] for f in fields(Config)}
+            saved = {f.name: saved.get(f.name, f.default_factory()) for f in fields(Config)}
             if given.get("preset", saved["preset"]) != saved["preset"]:
-                fail(f"--preset {given['preset']}: a resumed run keeps its settings; name the flags that shall change")
+                fail(f"--preset {given['preset']}: a resumed run keeps its settings; give only the flags that change")
             config = Config(**{**saved, **given, "output_dir": config.output_dir})
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, AttributeError):
             fail(f"--resume: {config.output_dir} holds no run; start one without --resume, or name its --output-dir")
     check(config)
     return config
@@ -209,30 +205,53 @@ TEMPLATE_DATE = "26 Jul 2024"           # Llama-3.2's template writes a date, by
 EVAL_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
-def read_rows(path):
-    """The rows of a .jsonl file as {line number: row}, or the content of a .json file; names a line that is broken."""
-    rows, by_line = {}, str(path).endswith(".jsonl")
+def read_text(path) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error})")
-    for number, line in enumerate(text.split("\n") if by_line else [text], 1):
-        try:
-            if line.strip() or not by_line:
-                rows[number] = json.loads(line)
-        except ValueError as error:
-            fail(f"{path}, line {number}: not JSON ({error})")
-    return rows if by_line else rows[1]
+
+
+def parse_json(text, place):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        fail(f"{place}: not JSON ({error})")
+
+
+def read_json(path):
+    return parse_json(read_text(path), path)
+
+
+def read_jsonl(path) -> dict:
+    """{line number: row}, without blank lines."""
+    # split("\n"), because splitlines would also cut a response at U+2028
+    return {number: parse_json(line, f"{path}, line {number}")
+            for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()}
+
+
+def read_log(path) -> list:
+    """The rows of a .jsonl file that a program is, or was, writing; a last line that is cut short is left out."""
+    rows = []
+    for line in read_text(path).split("\n") if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def load_examples(names, answer="") -> list:
-    """Names of examples.json and .json/.jsonl files -> [{"name", "problem", "answer"}]; `answer` replaces the label."""
-    named, examples = read_rows(HERE / "examples.json"), []
+    """Names of examples.json and .json/.jsonl files -> [{"name", "problem", "answer"}]; `answer` replaces the label.
+
+    A row of a file without a name goes by that of the file and, if it has several, its number.
+    """
+    named, examples = read_json(HERE / "examples.json"), []
     for name in names:
         if name in named:
             rows = {name: named[name]}
-        elif name.endswith((".json", ".jsonl")):
-            rows = read_rows(name)
+        elif name.endswith(".jsonl"):
+            rows = read_jsonl(name)
+        elif name.endswith(".json"):
+            rows = read_json(name)
         else:
             fail(f"--example {name}: no such example; there are {', '.join(named)}, or give a .json/.jsonl file")
         if not isinstance(rows, dict):
@@ -242,8 +261,12 @@ def load_examples(names, answer="") -> list:
         for key, row in rows.items():
             if not (isinstance(row, dict) and row.get("problem") and "answer" in row):
                 fail(f'--example {name}, row {key}: it needs "problem" and "answer"')
-            examples.append({"name": str(row.get("name", key)), "problem": str(row["problem"]),
+            own = name if name in named else Path(name).stem + f"-{key}" * (len(rows) > 1)
+            examples.append({"name": str(row.get("name", own)), "problem": str(row["problem"]),
                              "answer": answer or str(row["answer"])})
+    counts = Counter(example["name"] for example in examples)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        fail(f"--example {' '.join(names)}: {twice[0]} is there twice; give the examples names of their own")
     if not examples or answer and len(examples) > 1:
         fail(f"--example {' '.join(names)}: {len(examples)} examples, but one is needed, and just one with --answer")
     return examples
@@ -299,20 +322,22 @@ def examples_of_step(step, num_examples, prompts_per_step, seed) -> list:
 # 2. Rollouts: sample responses, one token at a time, in a fixed number of slots
 # ----------------------------------------------------------------------------------------------------------------------
 
-class Slots:
-    """The rows that are sampled at the same time: keys and values, the newest token of each, and where it stands.
+class KVCache:
+    """Keys and values of the rows that are sampled at the same time, the newest token of each, and where it stands.
 
-    It is the model's cache: transformers' own keep one position for all rows. A model's attention layers call nothing
-    but update(layer), as we hand the model a ready 4-D mask and position ids, so that it asks for nothing else.
+    transformers' own caches keep one position for all rows. Attention layers call only update(): since we pass a ready
+    4-D mask and position ids, the model asks its cache for nothing else.
     """
 
-    def __init__(self, model, slots, length, cuda_graph):
-        self.model, self.slots, self.length, self.layers = model, slots, length, []
-        self.tokens, self.positions = (torch.zeros(slots, 1, dtype=torch.long, device=model.device) for _ in range(2))
+    def __init__(self, model, num_rows, length, cuda_graph):
+        self.model, self.num_rows, self.length, self.layers = model, num_rows, length, []
+        zeros = torch.zeros(num_rows, 1, dtype=torch.long, device=model.device)
+        self.tokens, self.positions = zeros, zeros.clone()
         self.cuda_graph, self.graphs = cuda_graph, {}
 
     def feed(self, rows, tokens, positions, filled, **kwargs):
         """Feed tokens (n, q), which stand at positions (n, q) < filled, to a slice of rows -> logits after the last."""
+        # for update(), which the model's layers call from inside the forward pass below
         self.rows, self.fed, self.filled = rows, positions, filled
         self.row_index = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]                  # (n, 1)
         mask = torch.arange(filled, device=positions.device) <= positions[:, None, :, None]         # (n, 1, q, filled)
@@ -323,7 +348,7 @@ class Slots:
         """Store keys and values (n, heads, q, head size) of the new tokens; return those of all tokens so far."""
         if layer == len(self.layers):
             # zeros, not empty: a masked NaN still poisons the sum over values, because 0 * NaN is NaN
-            shape = self.slots, self.length, keys.shape[1], keys.shape[3]
+            shape = self.num_rows, self.length, keys.shape[1], keys.shape[3]
             self.layers.append((keys.new_zeros(shape), values.new_zeros(shape)))
         for store, new in zip(self.layers[layer], (keys, values)):
             store[self.row_index, self.fed] = new.transpose(1, 2)
@@ -341,18 +366,30 @@ class Slots:
         return decode_by_graph(self, n, plain) if self.cuda_graph else plain()
 
 
+def first_past(weights, target):
+    """Where the running sum of weights (n, k) passes target (n,): index (n,), and what was left of the target there."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)                                                        # (n, k)
+    # rounding must lead neither past the end nor, at exactly 0, to a first weight of 0
+    target = torch.minimum(target.clamp(min=0), cumulative[:, -1] * (1 - 1e-15))[:, None]
+    index = torch.searchsorted(cumulative, target, right=True)
+    left = target - (cumulative.gather(1, index) - weights.gather(1, index))
+    return index.squeeze(1), left.squeeze(1)
+
+
 def sample_tokens(logits, temperatures, noise):
     """Draw one token a row from softmax(logits / temperature): logits (n, V), noise (n,) uniform in [0, 1).
 
     Returns tokens (n,) and their log-probabilities (n,). The token is the one in which the cumulative distribution
-    passes the noise: unlike torch.multinomial, a draw then does not depend on the rows beside it. temperatures: (n,);
-    a row of temperature 0 takes the largest logit.
+    passes the noise: unlike torch.multinomial, a draw then does not depend on the rows beside it. First the block of
+    128 tokens is found, then the token in it, because a running sum over all of V takes a GPU as long as ten layers.
+    temperatures: (n,); a row of temperature 0 takes the largest logit.
     """
-    probs = (logits.float() / temperatures.clamp(min=1e-6)[:, None]).softmax(-1)                                # (n, V)
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    target = noise[:, None] * cumulative[:, -1:]                        # rounding keeps the last from being exactly 1
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    tokens = torch.where(temperatures > 0, drawn, logits.argmax(-1))
+    probs = (logits / temperatures.float().clamp(min=1e-6)[:, None]).softmax(-1)                       # (n, V), float32
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 128)).unflatten(1, (-1, 128))        # (n, V/128, 128)
+    sums = blocks.sum(-1, dtype=torch.float64)                                                             # (n, V/128)
+    block, left = first_past(sums, noise * sums.sum(-1))
+    place, _ = first_past(blocks[torch.arange(len(block), device=block.device), block], left)
+    tokens = torch.where(temperatures > 0, 128 * block + place, logits.argmax(-1))
     return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 
@@ -404,22 +441,22 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
     for i, prompt in enumerate(prompts):
         first.setdefault(tuple(prompt), i)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: first[tuple(prompts[i])]))
-    rows = Slots(model, min(slots or len(prompts), len(prompts)),
-                 max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0), cuda_graph)
+    cache = KVCache(model, min(slots or len(prompts), len(prompts)),
+                    max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0), cuda_graph)
     # by rollout, and on the device, which is asked one question a step: which rows have ended?
     noise, stop_ids = noise.to(device), torch.tensor(sorted(stop_ids), device=device)
     last_of_prompt, limits, temperatures = (torch.tensor(values, device=device) for values in (
         [len(prompt) - 1 for prompt in prompts], limits, temperatures))                                           # (N,)
     sampled = torch.zeros(noise.shape, dtype=torch.long, device=device)                                         # (N, T)
     logprobs = torch.zeros(noise.shape, device=device)
-    rollout = torch.zeros(rows.slots, dtype=torch.long, device=device)      # which one is in each row
+    rollout_in_row = torch.zeros(cache.num_rows, dtype=torch.long, device=device)
     running = {}            # the same on the host: {row: rollout}, of rows 0, 1, ...
     begun = {}              # the step at which a row's rollout began
     held = {}               # the prompt whose keys and values stand in each row, also after its rollout has ended
-    step, free = 0, range(rows.slots)
+    step, free = 0, range(cache.num_rows)
 
     def position(row):
-        """Where the row's newest token stands: rows.positions, without asking the device."""
+        """Where the row's newest token stands: cache.positions, without asking the device."""
         return len(prompts[running[row]]) - 1 + step - begun[row]
 
     def start(row, i):
@@ -427,17 +464,17 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
         prompt = prompts[i]
         source = row if held.get(row) == prompt else next((r for r, p in held.items() if p == prompt), None)
         if source is None and len(prompt) > 1:
-            rows.feed(slice(row, row + 1), torch.tensor([prompt[:-1]], device=device),
-                      torch.arange(len(prompt) - 1, device=device)[None], len(prompt) - 1)
+            cache.feed(slice(row, row + 1), torch.tensor([prompt[:-1]], device=device),
+                       torch.arange(len(prompt) - 1, device=device)[None], len(prompt) - 1)
         elif source is not None and source != row:
-            rows.copy(source, row, len(prompt) - 1)
-        rollout[row], rows.tokens[row], rows.positions[row] = i, prompt[-1], len(prompt) - 1
+            cache.copy(source, row, len(prompt) - 1)
+        rollout_in_row[row], cache.tokens[row], cache.positions[row] = i, prompt[-1], len(prompt) - 1
         running[row], begun[row], held[row] = i, step, prompt
 
     def move(source, target):
         """Go on with a row's rollout in another row."""
-        rows.copy(source, target, position(source))
-        for state in (rollout, rows.tokens, rows.positions):
+        cache.copy(source, target, position(source))
+        for state in (rollout_in_row, cache.tokens, cache.positions):
             state[target] = state[source]
         running[target], begun[target], held[target] = running.pop(source), begun[source], held[source]
 
@@ -448,16 +485,16 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
             if gap < max(running, default=0):
                 move(max(running), gap)
         n = len(running)
-        logits = rows.decode(n, 1 + max(map(position, range(n))))                                               # (n, V)
-        i = rollout[:n]
-        t = rows.positions[:n, 0] - last_of_prompt[i]               # the new token is the rollout's t-th, from 0
-        new, logprobs[i, t] = sample_tokens(logits, temperatures[i], noise[i, t])
-        sampled[i, t] = rows.tokens[:n, 0] = new
-        rows.positions[:n] += 1
-        ended = torch.isin(new, stop_ids) | (t + 1 == limits[i])
+        logits = cache.decode(n, 1 + max(map(position, range(n))))                                              # (n, V)
+        ids = rollout_in_row[:n]
+        t = cache.positions[:n, 0] - last_of_prompt[ids]            # the new token is the rollout's t-th, from 0
+        new, logprobs[ids, t] = sample_tokens(logits, temperatures[ids], noise[ids, t])
+        sampled[ids, t] = cache.tokens[:n, 0] = new
+        cache.positions[:n] += 1
+        ended = torch.isin(new, stop_ids) | (t + 1 == limits[ids])
         step, free = step + 1, ended.nonzero().flatten().tolist()
         finished = [(running.pop(row), step - begun[row]) for row in free]
-        yield n, [(i, sampled[i, :made].tolist(), logprobs[i, :made].cpu()) for i, made in finished]
+        yield n, [(i, sampled[i, :length].tolist(), logprobs[i, :length].cpu()) for i, length in finished]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -490,10 +527,14 @@ def is_correct(response, answer) -> bool:
     return bool(box and box.strip() and gold.strip()) and equivalent(box.strip(), gold.strip())
 
 
+def has_box(response) -> bool:
+    r"""Is there a complete \boxed{} with something in it?"""
+    return bool((extract_boxed(response) or "").strip())
+
+
 def reward_of(response, answer, kind="answer") -> float:
     """The reward of a response: 1 if its answer is right, or (format) if it has one, or (none) never."""
-    boxed = bool((extract_boxed(response) or "").strip())
-    return float({"answer": boxed and is_correct(response, answer), "format": boxed, "none": False}[kind])
+    return float({"answer": is_correct(response, answer), "format": has_box(response), "none": False}[kind])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -563,20 +604,21 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
 
     As a term of the loss only the estimate is differentiated, not the sampling. The expected gradient of k1 is then
     zero (it never looks at the reference), k2's is that of KL(policy || reference), k3's of KL(reference || policy).
-    k3 is cut at 10, as in the released code; its exponent at 20, because the cut's zero gradient times inf is NaN.
+    k3 is cut at 10, as in the released code. Its exponent is cut first, at 20: exp of a large d is inf, the gradient of
+    the cut is 0 there, and 0 times inf is NaN.
     """
     d = ref_logprobs - logprobs
     return {"k1": -d, "k2": d.square() / 2, "k3": (d.clamp(max=20).exp() - d - 1).clamp(max=10)}[kind]
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, num_tokens, config):
-    """-min(ratio A, clip(ratio) A) + kl_coef KL - entropy_coef entropy, averaged -> (scalar, stats).
+    """GRPO's loss of a micro-batch -> (scalar, stats). For each response token, with ratio = exp(logprob - old one):
 
-    Paper Eq. 3 to 8, but for the differences 2, 3 and 9 above.
+        pg_coef * -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)  +  kl_coef KL  -  entropy_coef entropy
 
-    logprobs, old_logprobs, ref_logprobs, entropy, mask: (B, T); advantages A: (B,), or (B, T) where each token has its
-    own (labs/ppo.py); num_tokens: the response tokens of the whole update. Loss and stats are shares of means over the
-    update, so those of its micro-batches add up.
+    averaged over tokens (paper Eq. 3 to 8; differences 2, 3 and 9 at the top of the file). All tensors are (B, T);
+    advantages A may be (B,), one for all tokens of a rollout. num_tokens counts the response tokens of the whole
+    update, not of this micro-batch: each call returns its share of the mean, and the shares of all add up to it.
     """
     A = advantages if advantages.ndim == 2 else advantages[:, None]                                   # (B, T) or (B, 1)
     # where the old policy is the policy, the ratio is 1, but its gradient is that of logprobs: REINFORCE
@@ -599,53 +641,6 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, n
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Update: gradients of all micro-batches, then one optimizer step
 # ----------------------------------------------------------------------------------------------------------------------
-
-def uses_bf16(device, config) -> bool:
-    return config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
-
-
-def frozen_copy(model, bf16, like_autocast=False):
-    """A copy that is not trained, in bf16 if wanted; the buffers stay, as bf16 rotary frequencies blur far positions.
-
-    like_autocast: bf16 only for the matrices that autocast would cast. A reference of this kind, scored under autocast,
-    has the very log-probabilities of an equal policy; an all-bf16 one starts at a KL above 0 that is rounding alone.
-    """
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for module in twin.modules():
-        autocasts = isinstance(module, torch.nn.Linear) and module is not twin.get_output_embeddings()
-        if bf16 and (autocasts or not like_autocast):
-            for param in module.parameters(recurse=False):
-                param.data = param.data.bfloat16()
-    return twin
-
-
-def check_model(model, prompt, length) -> None:
-    """Refuse a model whose sampler and scorer would be two models.
-
-    One that does more to its logits than the head, which token_logprobs does not know, or one whose layers see only a
-    window of a sequence of `length` tokens, which the mask of Slots does not know.
-    """
-    config, name = model.config.get_text_config(), model.config._name_or_path
-    window = getattr(config, "sliding_window", None)
-    if window and window < length and "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"]):
-        fail(f"--model {name}: its layers see only the last {window} of {length} tokens, which this script does not know")
-    ids = torch.tensor([prompt], device=model.device)
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        if not torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
-            fail(f"--model {name}: it caps or scales its logits, which this script does not know")
-
-
-def checkpoint_layers(model) -> None:
-    """Keep only the input of each layer for backward and compute the rest again: memory for a third more time.
-
-    transformers' own switch works in train mode alone, and switches the sampler's cache off.
-    """
-    for layer in model.base_model.layers:
-        # no random state is kept: nothing here is random, and a CUDA graph must not ask for it
-        layer.forward = functools.partial(recompute_in_backward, layer.forward, use_reentrant=False,
-                                          preserve_rng_state=False)
-
 
 def micro_batches(prompts, responses, token_budget) -> list:
     """Row numbers, packed so that rows times longest row stays within the budget; a longer row goes alone.
@@ -677,6 +672,7 @@ def update_policy(policy, ref_policy, optimizer, prompts, responses, sampler_log
     """
     device = policy.device
     padded = lambda values, rows: pad_sequence([values[i] for i in rows], batch_first=True).to(device)          # (B, T)
+    # GRPO: every token of a rollout has the rollout's advantage
     advantages = [A.expand(len(response)) for A, response in zip(advantages, responses)]
     # before the loop: neither packing nor the number of processes must change the gradient
     num_tokens = int(sum_over_processes(torch.tensor(sum(map(len, responses)), device=device)))
@@ -715,12 +711,28 @@ def train_on(policy, ref_policy, optimizer, prompts, responses, sampler_logprobs
             for i, values, kept in zip(rows, logprobs, mask):
                 old_logprobs[i] = values[kept]
     stats, size = Counter(), len(prompts) // config.updates_per_batch
-    for part in (slice(first, first + size) for first in range(0, len(prompts), size)):
+    for first in range(0, len(prompts), size):
+        part = slice(first, first + size)
         old = old_logprobs[part] if config.updates_per_batch > 1 else None
         stats.update(update_policy(policy, ref_policy, optimizer, prompts[part], responses[part],
                                    sampler_logprobs[part], advantages[part], old, config))
     return {name: value / config.updates_per_batch for name, value in stats.items()}
 
+
+def optimizer_step(policy, optimizer) -> None:
+    """AdamW on the fp32 weights: the policy's own, or with --offload-optimizer copies of them in host memory."""
+    masters = optimizer.param_groups[0]["params"]
+    for param, master in zip(policy.parameters(), masters):
+        if master is not param:
+            master.grad, param.grad = param.grad.to(master.device), None
+    optimizer.step()
+    optimizer.zero_grad()
+    copy_weights(masters, policy.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Several processes: each with its share of the groups, and one update
+# ----------------------------------------------------------------------------------------------------------------------
 
 def start_processes() -> tuple:
     """(number of this process, how many there are): under torchrun, which starts one for each GPU, else (0, 1).
@@ -757,27 +769,8 @@ def gather_groups(rollouts, group_size) -> list:
     return [rollout for turn in turns for part in parts for rollout in part[turn:turn + group_size]]
 
 
-def copy_weights(sources, targets) -> None:
-    """Copy parameter by parameter, across devices and precisions."""
-    with torch.no_grad():
-        for source, target in zip(sources, targets):
-            if source is not target:
-                target.copy_(source)
-
-
-def optimizer_step(policy, optimizer) -> None:
-    """AdamW on the fp32 weights: the policy's own, or with --offload-optimizer copies of them in host memory."""
-    masters = optimizer.param_groups[0]["params"]
-    for param, master in zip(policy.parameters(), masters):
-        if master is not param:
-            master.grad, param.grad = param.grad.to(master.device), None
-    optimizer.step()
-    optimizer.zero_grad()
-    copy_weights(masters, policy.parameters())
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Files: what a long run needs
+# 8. Models and files: what a long run needs
 # ----------------------------------------------------------------------------------------------------------------------
 
 def load_model(name, dtype=torch.float32):
@@ -797,6 +790,61 @@ def load_model(name, dtype=torch.float32):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
+def uses_bf16(device, config) -> bool:
+    return config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+
+
+def frozen_copy(model, bf16, like_autocast=False):
+    """A copy that is not trained, in bf16 if wanted; the buffers stay, as bf16 rotary frequencies blur far positions.
+
+    like_autocast: bf16 only for the matrices that autocast would cast. A reference of this kind, scored under autocast,
+    has the very log-probabilities of an equal policy; an all-bf16 one starts at a KL above 0 that is rounding alone.
+    """
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for module in twin.modules():
+        autocasts = isinstance(module, torch.nn.Linear) and module is not twin.get_output_embeddings()
+        if bf16 and (autocasts or not like_autocast):
+            for param in module.parameters(recurse=False):
+                param.data = param.data.bfloat16()
+    return twin
+
+
+def check_model(model, prompt, length) -> None:
+    """Refuse a model whose sampler and scorer would be two models.
+
+    One that does more to its logits than the head, which token_logprobs does not know, or one whose layers see only a
+    window of a sequence of `length` tokens, which the sampler's mask does not know.
+    """
+    config, name = model.config.get_text_config(), model.config._name_or_path
+    window = getattr(config, "sliding_window", None)
+    if window and window < length and "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"]):
+        fail(f"--model {name}: its layers see only the last {window} of {length} tokens, which is not sampled here")
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if not torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
+            fail(f"--model {name}: it caps or scales its logits, which this script does not know")
+
+
+def recompute_layers(model) -> None:
+    """Keep only the input of each layer for backward and compute the rest again: memory for one more forward pass.
+
+    transformers' own switch works in train mode alone, and switches the sampler's cache off.
+    """
+    for layer in model.base_model.layers:
+        # no random state is kept: nothing here is random, and a CUDA graph must not ask for it
+        layer.forward = functools.partial(recompute_in_backward, layer.forward, use_reentrant=False,
+                                          preserve_rng_state=False)
+
+
+def copy_weights(sources, targets) -> None:
+    """Copy parameter by parameter, across devices and precisions."""
+    with torch.no_grad():
+        for source, target in zip(sources, targets):
+            if source is not target:
+                target.copy_(source)
+
+
 @contextlib.contextmanager
 def atomically(path):
     """Write to path.tmp, then rename it: under its own name a file or folder is whole, whenever a kill comes."""
@@ -811,11 +859,11 @@ def atomically(path):
 
 
 def peak_memory_gb(device) -> float:
-    """Peak memory so far, of the GPU or, without one, of this process; nan on Windows."""
+    """Peak memory so far, of the GPU or, without one, of this process, in 10^9 bytes; nan on Windows."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else math.nan
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024                                  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9 if resource else math.nan
 
 
 def make_folder(path, flag) -> None:
@@ -833,16 +881,6 @@ def write_json(path, value) -> None:
 def append_rows(path, rows, mode="a") -> None:
     with open(path, mode, encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_log(path) -> list:
-    """The rows of a .jsonl file that a program was writing; a last line that a kill cut short is left out."""
-    rows = []
-    # split("\n"), because splitlines would also cut a response at U+2028
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def keep_rows(path, wanted=lambda row: True) -> list:
@@ -895,12 +933,13 @@ def interrupts_held():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. The run
+# 9. The run
 # ----------------------------------------------------------------------------------------------------------------------
 
 LEGEND = """\
-Watch reward and (with --eval) test accuracy, not the loss. The loss is near 0 and the ratio is 1 by design: advantages
-sum to 0 in each group, and with one update a batch the old policy is the policy itself; the gradient is not 0.
+Watch reward and (with --eval) test accuracy, not the loss. With one update a batch the ratio is 1 by design: the policy
+that is updated is the one that sampled. The value of the loss then says only whether right responses are longer (below
+0) or shorter (above 0) than wrong ones of their group; its gradient is that of -A log p.
 dead: share of groups whose rewards are all equal, no signal; trunc: share of responses cut at --max-response-tokens.
 gap: mean distance of the sampler's log-probabilities from the trainer's, near 0 or the two are not the same model."""
 
@@ -909,14 +948,18 @@ def indented(text) -> str:
     return textwrap.indent(text, "    | ", lambda line: True)
 
 
+def describe_prompt(tokenizer, prompt, stop_ids) -> str:
+    return (f"{indented(tokenizer.decode(prompt))}\n"
+            f"a response ends at {', '.join(f'{i} {tokenizer.decode([i])!r}' for i in stop_ids)}")
+
+
 def introduce(config, examples, tokenizer, stop_ids, device) -> None:
     """What a person should see before the first step: settings, prompt, stop tokens, the size of a step."""
     for name, value in asdict(config).items():
         print(f"{name:>24}  {value}")
     first, rollouts = examples[0], config.prompts_per_step * config.group_size
     print(f"\nprompt of {first['name']} ({len(first['prompt'])} tokens; its answer is {first['answer']!r}):\n"
-          f"{indented(tokenizer.decode(first['prompt']))}\n"
-          f"a response ends at {', '.join(f'{i} {tokenizer.decode([i])!r}' for i in stop_ids)}\n"
+          f"{describe_prompt(tokenizer, first['prompt'], stop_ids)}\n"
           f"one step: {config.prompts_per_step} groups of {config.group_size} = {rollouts:,} rollouts of up to "
           f"{config.max_response_tokens:,} tokens, {min(config.slots, rollouts)} at a time, then "
           f"{config.updates_per_batch} update(s); {len(examples)} example(s); on {device}\n\n{LEGEND}\n")
@@ -977,6 +1020,26 @@ def evaluate_if_due(config, step, sampler, tokenizer, benchmarks, run_dir) -> No
     append_rows(run_dir / "metrics.jsonl", [{"step": step, "eval": scores}])
 
 
+def noise_of_step(config, step, rank, num_processes):
+    """This process's share of the noise (N, T) behind the rollouts of a step.
+
+    Drawn from (seed, step), so that a resumed run draws the same; for all groups, and then dealt out, so that the
+    number of processes changes no response.
+    """
+    generator = torch.Generator().manual_seed(1_000_003 * config.seed + step)               # distinct for each pair
+    noise = draw_noise(config.prompts_per_step * config.group_size, config.max_response_tokens, generator)
+    return noise.unflatten(0, (-1, config.group_size))[rank::num_processes].flatten(0, 1)
+
+
+def describe_rollouts(chosen, rewards, advantages, responses, texts, stop_ids) -> list:
+    """One row a rollout: what the log of a step is made of."""
+    return [{"example": example["name"], "reward": reward, "advantage": round(advantage, 4),
+             "correct": is_correct(text, example["answer"]), "boxed": has_box(text), "tokens": len(response),
+             "truncated": response[-1] not in stop_ids, "text": text}
+            for example, reward, advantage, response, text
+            in zip(chosen, rewards, advantages.tolist(), responses, texts)]
+
+
 def set_up_files(run_dir, config, done, **facts) -> list:
     """Make the run's folder, drop the rows of steps that will be made again -> the rows of metrics.jsonl that stay."""
     make_folder(run_dir, "--output-dir")
@@ -1025,10 +1088,10 @@ def main(argv=None) -> None:
         masters = [param.detach().to("cpu", copy=True) for param in masters]
     optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.activation_checkpointing:
-        checkpoint_layers(policy)               # after the copies, which would share its layers
+        recompute_layers(policy)                # after the copies, which would share its layers
 
     done = load_checkpoint(run_dir, policy, optimizer) if config.resume else 0
-    copy_weights(policy.parameters(), masters)
+    copy_weights(policy.parameters(), masters)          # the checkpoint is the policy's; AdamW's copies follow
     copy_weights(policy.parameters(), sampler.parameters())
     phase, started, resumed_at = "evaluating", time.time(), done
     if rank == 0:
@@ -1046,13 +1109,10 @@ def main(argv=None) -> None:
             prompts = [example["prompt"] for example in chosen]
             # 2. Rollouts
             phase, sampling_from = "sampling", time.time()
-            generator = torch.Generator().manual_seed(1_000_003 * config.seed + step)       # distinct for each pair
-            noise = draw_noise(config.prompts_per_step * config.group_size, config.max_response_tokens, generator)
-            noise = noise.view(config.prompts_per_step, config.group_size, -1)[rank::num_processes].flatten(0, 1)
             responses, sampler_logprobs = generate(
                 sampler, prompts, max_response_tokens=config.max_response_tokens, temperature=config.temperature,
-                stop_ids=stop_ids, slots=config.slots, noise=noise, return_logprobs=True,
-                cuda_graph=config.cuda_graph and device.type == "cuda")
+                stop_ids=stop_ids, slots=config.slots, noise=noise_of_step(config, step, rank, num_processes),
+                return_logprobs=True, cuda_graph=config.cuda_graph and device.type == "cuda")
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             # 3. Reward
             rewards = [reward_of(text, example["answer"], config.reward) for text, example in zip(texts, chosen)]
@@ -1065,12 +1125,8 @@ def main(argv=None) -> None:
                                  config)
                 copy_weights(policy.parameters(), sampler.parameters())
                 now, done, phase = time.time(), step, "saving"
-                rollouts = gather_groups([
-                    {"example": example["name"], "reward": reward, "advantage": round(advantage, 4),
-                     "correct": is_correct(text, example["answer"]), "boxed": bool(reward_of(text, "", "format")),
-                     "tokens": len(response), "truncated": response[-1] not in stop_ids, "text": text}
-                    for example, reward, advantage, response, text
-                    in zip(chosen, rewards, advantages.tolist(), responses, texts)], config.group_size)
+                rollouts = gather_groups(
+                    describe_rollouts(chosen, rewards, advantages, responses, texts, stop_ids), config.group_size)
                 if rank == 0:
                     speed = sum(rollout["tokens"] for rollout in rollouts) / (updating_from - sampling_from)
                     report(run_dir, config, {
@@ -1079,7 +1135,7 @@ def main(argv=None) -> None:
                         "eta_seconds": (now - started) / (step - resumed_at) * (config.steps - step),
                         "memory_gb": peak_memory_gb(device)}, rollouts)
                     if step % config.save_every == 0 or step == config.steps:
-                        save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)
+                        save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)       # on CUDA bf16: half the disk
                         save_checkpoint(run_dir, step, policy, optimizer)
             phase = "evaluating"
             if rank == 0:
@@ -1131,24 +1187,33 @@ def capture(step, device):
     return replay
 
 
-def decode_by_graph(slots, n, plain):
-    """Logits (n, V) of a decode step, from a graph; plain() computes them without, and each graph is checked by it."""
-    # the fixed shapes of a graph: all keys, and one of eight numbers of rows, of which those from n on are idle
-    size = next(size for eighth in range(1, 9) if (size := -(-slots.slots * eighth // 8)) >= n)
-    if size in slots.graphs:
-        return slots.graphs[size]()[:n]
-    reads_ragged = can_read_ragged(slots.model)
+def decode_by_graph(cache, n, plain):
+    """Logits (n, V) of a decode step, from a graph; plain() computes them without, and is what a graph is checked by.
+
+    A graph has fixed shapes: all keys, and all rows of the cache, half, a quarter or an eighth of them; those from n on
+    are computed for nothing.
+    """
+    size = min(size for part in (1, 2, 4, 8) if (size := -(-cache.num_rows // part)) >= n)
+    if size in cache.graphs:
+        return cache.graphs[size]()[:n]
+    reads_ragged = can_read_ragged(cache.model)
     if reads_ragged:
         AttentionInterface.register("ragged", ragged_attention)
-        slots.model.set_attn_implementation("ragged")
+        cache.model.set_attn_implementation("ragged")
 
     def step():
-        ragged = {"keys_used": slots.positions[:size, 0].int() + 1} if reads_ragged else {}
-        return slots.feed(slice(0, size), slots.tokens[:size], slots.positions[:size], slots.length, **ragged)
-    logits, slots.graphs[size] = plain(), capture(step, slots.model.device)
-    if (logits.softmax(-1) - slots.graphs[size]()[:n].softmax(-1)).abs().sum(-1).mean() > 0.5:
+        ragged = {"keys_used": cache.positions[:size, 0].int() + 1} if reads_ragged else {}
+        return cache.feed(slice(0, size), cache.tokens[:size], cache.positions[:size], cache.length, **ragged)
+    expected = None if cache.graphs else plain()            # plain first: it also makes the cache's tensors
+    cache.graphs[size] = capture(step, cache.model.device)
+    logits = cache.graphs[size]()[:n]
+    if expected is not None and (logits.softmax(-1) - expected.softmax(-1)).abs().sum(-1).mean() > 0.5:
         fail("the CUDA graph of a decode step does not compute what the model computes; go on with --no-cuda-graph")
     return logits
+
+
+# what torch.nn.attention.varlen calls, which itself takes seqused_k only from torch 2.12 on
+flash_attention = torch.ops.aten._flash_attention_forward
 
 
 def ragged_attention(module, query, key, value, attention_mask, scaling=None, keys_used=None, **kwargs):
@@ -1161,15 +1226,14 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, ke
     n, length = key.shape[0], key.shape[2]
     key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))      # (n * length, heads, head size), no copy
     each_row = torch.arange(n + 1, device=query.device, dtype=torch.int32)
-    output = varlen_attn(query.squeeze(2), key, value, each_row, length * each_row, 1, length, scale=scaling,
-                         enable_gqa=True, seqused_k=keys_used)
+    output, *_ = flash_attention(query.squeeze(2), key, value, each_row, length * each_row, 1, length, 0.0, False,
+                                 return_debug_mask=False, scale=scaling, seqused_k=keys_used)
     return output[:, None], None                                                             # (n, 1, heads, head size)
 
 
 def can_read_ragged(model) -> bool:
-    """Flash attention takes half precision on CUDA; its number of keys for each row came with torch 2.12."""
-    return model.device.type == "cuda" and model.dtype.itemsize == 2 and \
-        "seqused_k" in inspect.signature(varlen_attn).parameters
+    """Flash attention takes half precision, on a CUDA card of the Ampere generation or later."""
+    return model.device.type == "cuda" and model.dtype.itemsize == 2 and torch.cuda.get_device_capability() >= (8, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1292,6 +1356,8 @@ UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, Recursi
 
 def value_of(text, point):
     """The value of an expression: an exact Fraction where it is rational, else complex; letters are random fractions.
+
+    point chooses the fractions: two expressions are taken for equal if they agree at two points.
 
     The LaTeX becomes a Python expression over the names v0, v1, ...; Python's parser makes a tree of it, which is
     walked here. Nothing is executed. Raises one of UNREADABLE for what is no expression.

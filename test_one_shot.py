@@ -111,11 +111,13 @@ def test_load_examples_from_files(tmp_path, capsys):
     (tmp_path / "set.json").write_text(json.dumps(rows))
     loaded = rl.load_examples([str(tmp_path / "set.jsonl")])
     assert loaded == rl.load_examples([str(tmp_path / "set.json")])
-    assert loaded == [{"name": "1", "problem": "1+1?", "answer": "2"}, {"name": "four", "problem": "2+2?", "answer": "4"}]
+    assert loaded == [{"name": "set-1", "problem": "1+1?", "answer": "2"}, {"name": "four", "problem": "2+2?", "answer": "4"}]
+    (tmp_path / "one.json").write_text(json.dumps(rows[0]))
+    assert rl.load_examples([str(tmp_path / "one.json"), "pi1"])[0]["name"] == "one"
     assert [e["answer"] for e in rl.load_examples(["pi1"], answer="4")] == ["4"]
     (tmp_path / "broken.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n{"problem": \n')
     for names, words in [(["pi99"], ["pi99", "pi1", "pi1209"]), ([str(tmp_path / "broken.jsonl")], ["broken.jsonl", "line 2"]),
-                         ([str(tmp_path / "none.json")], ["none.json"])]:
+                         ([str(tmp_path / "none.json")], ["none.json"]), (["pi1", "pi2", "pi1"], ["pi1 is there twice"])]:
         with pytest.raises(SystemExit) as stop:
             rl.load_examples(names)
         error = capsys.readouterr().err
@@ -176,15 +178,15 @@ def slow_generate(model, prompts, max_response_tokens, temperature, stop_ids, no
     return responses
 
 
-def ragged_loop(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, enable_gqa, seqused_k):
-    """torch's varlen_attn, which only CUDA has, row by row: row b attends to the first seqused_k[b] keys from cu_k[b] on."""
+def ragged_loop(query, key, value, cu_q, cu_k, max_q, max_k, dropout, is_causal, *, return_debug_mask, scale, seqused_k):
+    """torch's flash attention, which only CUDA has, row by row: b attends to the first seqused_k[b] keys from cu_k[b] on."""
     output = torch.empty_like(query)
     for b, used in enumerate(seqused_k):
         k, v = (x[cu_k[b]:cu_k[b] + used].repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         weights = (scale * (query[b] * k).sum(-1)).softmax(0)                                     # (keys, heads)
         output[b] = (weights[..., None] * v).sum(0)
-    assert max_q == 1 and enable_gqa and cu_q.tolist() == list(range(len(query) + 1)) and int(seqused_k.max()) <= max_k
-    return output
+    assert max_q == 1 and dropout == 0 and not is_causal and cu_q.tolist() == list(range(len(query) + 1)) and int(seqused_k.max()) <= max_k
+    return output, None, None
 
 
 @pytest.mark.parametrize("path", ["plain", "graph", "ragged"])
@@ -200,7 +202,7 @@ def test_generate_equals_the_slow_loop(slots, temperature, path, monkeypatch):
     expected = slow_generate(model, PROMPTS, 20, temperature, stop_ids, noise)
     calls = itertools.count()
     monkeypatch.setattr(rl, "can_read_ragged", lambda model: path == "ragged")
-    monkeypatch.setattr(rl, "varlen_attn", lambda *args, **kwargs: next(calls) and None or ragged_loop(*args, **kwargs))
+    monkeypatch.setattr(rl, "flash_attention", lambda *args, **kwargs: next(calls) and None or ragged_loop(*args, **kwargs))
     responses = rl.generate(model, PROMPTS, max_response_tokens=20, temperature=temperature, stop_ids=stop_ids, slots=slots,
                             generator=torch.Generator().manual_seed(5), cuda_graph=path != "plain")
     assert responses == expected and (next(calls) > 0) == (path == "ragged")
@@ -210,7 +212,7 @@ def test_generate_equals_the_slow_loop(slots, temperature, path, monkeypatch):
 
 def test_a_graph_that_computes_something_else_is_found_out(monkeypatch, capsys):
     monkeypatch.setattr(rl, "can_read_ragged", lambda model: True)
-    monkeypatch.setattr(rl, "varlen_attn", lambda query, *args, **kwargs: query)
+    monkeypatch.setattr(rl, "flash_attention", lambda query, *args, **kwargs: (query, None))
     with pytest.raises(SystemExit) as stop:
         rl.generate(random_model(), PROMPTS, max_response_tokens=20, temperature=1.0, stop_ids=[3], cuda_graph=True)
     assert stop.value.code == 2 and "--no-cuda-graph" in capsys.readouterr().err
@@ -609,7 +611,7 @@ def test_sampled_tokens_are_scored_as_they_were_sampled(model, slots):
 def gradient_of_update(policy, config, monkeypatch, ref_policy=None, old=None):
     policy = copy.deepcopy(policy)
     if config.activation_checkpointing:
-        rl.checkpoint_layers(policy)
+        rl.recompute_layers(policy)
     monkeypatch.setattr(rl, "optimizer_step", lambda *_: None)
     advantages = torch.tensor([1.0, -0.5, 0.3, -1.0, 0.0, 2.0, -2.0])
     stats = rl.update_policy(policy, ref_policy, None, PROMPTS, RESPONSES, NO_LOGPROBS, advantages, old, config)
@@ -1227,21 +1229,21 @@ def test_standard_error_by_hand():
 
 def checked_rows(right, name="x", **more):
     """Rows as sample_and_check makes them: right is a list of samples a problem."""
-    return [{"benchmark": name, "problem": number, "sample": sample, "temperature": 0.6, "question": f"q{number}", "answer": "4", "text": "recheck" * ok,
+    return [{"benchmark": name, "number": number, "sample": sample, "temperature": 0.6, "problem": f"q{number}", "answer": "4", "text": "recheck \\boxed{4}" * ok,
              "extracted": "4" if ok else None, "correct": ok, "correct_lenient": True, "tokens": 10 + sample, "truncated": not ok, "too_long": False,
              **{key: values[number] for key, values in more.items()}} for number, samples in enumerate(right) for sample, ok in enumerate(samples)]
 
 
 def test_measures_by_hand():
     rows = checked_rows([[True, True, False, False], [False, False, False, True], [True] * 4], level=[1, 2, 1])
-    rows[1]["extracted"] = " "                                                                   # an empty box boxes nothing
+    rows[2]["text"] = "\\boxed{ }"                                                               # an empty box boxes nothing
     m = evaluate.measure(rows)
     assert (m["n"], m["k"], m["temperature"]) == (3, 4, 0.6)
     assert m["avg_at_k"] == pytest.approx((0.5 + 0.25 + 1) / 3) and m["pass_at_k"] == 1
     assert m["stderr"] == pytest.approx(np.std([0.5, 0.25, 1], ddof=1) / math.sqrt(3))
     assert m["pass_at"] == pytest.approx({1: m["avg_at_k"], 2: (5 / 6 + 1 / 2 + 1) / 3, 4: 1})
     assert m["lenient"]["avg_at_k"] == 1 and m["lenient"]["stderr"] == 0
-    assert (m["boxed"], m["truncated"], m["mean_length"], m["self_reflection"]) == pytest.approx((6 / 12, 5 / 12, 11.5, 7 / 12))
+    assert (m["boxed"], m["truncated"], m["mean_length"], m["self_reflection"]) == pytest.approx((7 / 12, 5 / 12, 11.5, 7 / 12))
     result = evaluate.measure_all(rows + checked_rows([[False]], "y"), ["y", "x"])
     assert list(result["benchmarks"]) == ["y", "x"] and result["average"] == pytest.approx(m["avg_at_k"] / 2)
     assert {level: g["avg_at_k"] for level, g in result["benchmarks"]["x"]["by_level"].items()} == {"1": 0.75, "2": 0.25}
@@ -1272,7 +1274,7 @@ def my_flags(folder, tmp_path):
 
 
 def responses_in(path):
-    return sorted(read_jsonl(path), key=lambda row: (row["benchmark"], row["problem"], row["sample"]))
+    return sorted(read_jsonl(path), key=lambda row: (row["benchmark"], row["number"], row["sample"]))
 
 
 def test_slots_and_interruptions_change_no_response(my_flags, tmp_path, monkeypatch):

@@ -78,20 +78,20 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def seconds(function, *args) -> float:
-    start = clock()
-    function(*args)
-    return clock() - start
-
-
 def machine_speed(device, dtype) -> tuple:
     """(bytes a second of a large copy, operations a second of a large matrix product)."""
     cuda = device.type == "cuda"
     a = torch.ones((2**29 if cuda else 2**26), device=device)
     b, m = torch.empty_like(a), torch.randn(*2 * ((8192 if cuda else 1536),), device=device, dtype=dtype)
-    copy, product = (np.median([seconds(function) for _ in range(6)][1:])
-                     for function in (lambda: b.copy_(a), lambda: m @ m))
-    return 2 * a.nbytes / copy, 2 * len(m)**3 / product
+
+    def median_time(function):
+        times = []
+        for _ in range(6):
+            start = clock()
+            function()
+            times.append(clock() - start)
+        return np.median(times[1:])
+    return 2 * a.nbytes / median_time(lambda: b.copy_(a)), 2 * len(m)**3 / median_time(lambda: m @ m)
 
 
 def sizes(policy) -> tuple:
@@ -126,14 +126,15 @@ def activations(c) -> int:
 
 def memory(policy, config) -> tuple:
     """GB on the GPU while sampling and while updating, worked out for bf16 autocast with fp32 weights."""
-    body, head, key_values = sizes(policy)
+    body, _, key_values = sizes(policy)
     c, parameters = policy.config, policy.num_parameters()
     always = parameters * (6 if config.offload_optimizer else 14)              # fp32 weights, bf16 copy, AdamW's two
     if config.kl_coef:
         always += 2 * body + 4 * (parameters - body)                           # the reference: its layers in bf16
     length = config.max_prompt_tokens + config.max_response_tokens
     slots = min(config.slots, config.prompts_per_step * config.group_size)
-    sampling = slots * (2 * length * key_values + 18 * c.vocab_size)           # the cache; logits up to cumulative
+    # the cache; logits in bf16 and fp32, and their softmax
+    sampling = slots * (2 * length * key_values + 10 * c.vocab_size)
     tokens, layer = max(config.token_budget, length), activations(c)
     kept = layer * c.num_hidden_layers
     if config.activation_checkpointing:
@@ -172,7 +173,7 @@ def print_plan(lengths) -> None:
                     words = " ".join(f"`--{key.replace('_', '-')}{'' if value is True else f' {value:g}'}`"
                                      for key, value in flags.items())
                     print("| " + " | ".join([shape.upper(), name, *(f"{gb:.0f}" for gb in memory(policy, config)),
-                                             *(f"{seconds:.0f}" for seconds in least.values()), words]) + " |")
+                                             *(f"{least_time:.0f}" for least_time in least.values()), words]) + " |")
                     break
             else:
                 print(f"| {shape.upper()} | {name} | does not fit | | | | |")
@@ -187,19 +188,19 @@ class AtLength(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= self.lengths.to(input_ids.device)
 
 
-def ours(folder, prompt, lengths, config):
+def ours(policy, prompt, config):
     """Sampling and update of one_shot_rlvr.py, as its main() calls them."""
-    policy, _ = rl.load_model(folder)
     bf16 = rl.uses_bf16(policy.device, config)
     ref_policy = rl.frozen_copy(policy, bf16, like_autocast=True)
     sampler = rl.frozen_copy(policy, bf16) if bf16 else policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate)
     if config.activation_checkpointing:
-        rl.checkpoint_layers(policy)
-    N, limits = len(lengths), lengths.tolist()
+        rl.recompute_layers(policy)
 
-    def turn():
-        rollouts, start = {}, clock()
+    def turn(lengths):
+        if policy.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        N, limits, rollouts, start = len(lengths), lengths.tolist(), {}, clock()
         noise = rl.draw_noise(N, config.max_response_tokens)
         for _, ended in rl.generate_each(sampler, N * [prompt], limits, N * [config.temperature], noise, [],
                                          config.slots, config.cuda_graph):
@@ -208,26 +209,34 @@ def ours(folder, prompt, lengths, config):
         responses, logprobs = zip(*(rollouts[i] for i in range(N)))
         advantages = rl.group_advantages(torch.rand(N), config.group_size)
         rl.train_on(policy, ref_policy, optimizer, N * [prompt], responses, logprobs, advantages, config)
-        return {"rollouts": sampled - start, "update": clock() - sampled}
-    return policy, sampler, turn
+        rl.copy_weights(policy.parameters(), sampler.parameters())
+        parts = {"rollouts": sampled - start, "update": clock() - sampled}
+        turn.memory = rl.peak_memory_gb(policy.device)
+        return parts
+    return sampler, turn
 
 
-def transformers_generate(model, prompt, lengths, config):
+def transformers_generate(model, prompt, config):
     """generate on the batch of all rollouts, padded to the longest."""
-    ids = torch.tensor([prompt], device=model.device)
-    options = dict(attention_mask=torch.ones_like(ids), do_sample=True, temperature=config.temperature, top_k=0,
-                   top_p=1.0, num_return_sequences=len(lengths), max_new_tokens=int(lengths.max()), eos_token_id=None,
-                   pad_token_id=0, stopping_criteria=StoppingCriteriaList([AtLength(len(prompt), lengths)]))
-    return lambda: {"rollouts": seconds(lambda: model.generate(ids, **options))}
+    def turn(lengths):
+        model.set_attn_implementation("sdpa")
+        ids, start = torch.tensor([prompt], device=model.device), clock()
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=config.temperature,
+                       top_k=0, top_p=1.0, num_return_sequences=len(lengths), max_new_tokens=int(lengths.max()),
+                       eos_token_id=None, pad_token_id=0,
+                       stopping_criteria=StoppingCriteriaList([AtLength(len(prompt), lengths)]))
+        return {"rollouts": clock() - start}
+    return turn
 
 
-def continuous_batching(model, prompt, lengths, config):
+def continuous_batching(model, prompt, config):
     """transformers' continuous batching, each rollout a request of its own length."""
     settings = transformers.GenerationConfig(
         do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0,
-        max_new_tokens=int(lengths.max()))
+        max_new_tokens=config.max_response_tokens)
 
-    def turn():
+    def turn(lengths):
+        model.set_attn_implementation("sdpa")
         with model.continuous_batching_context_manager(generation_config=settings) as manager:
             start = clock()                             # its preparations are not counted
             for length in lengths.tolist():
@@ -239,13 +248,13 @@ def continuous_batching(model, prompt, lengths, config):
     return turn
 
 
-def trl_step(folder, output_dir, problem, lengths, config):
+def trl_step(folder, output_dir, problem, N, config):
     """A whole step of TRL's GRPOTrainer; its sampling is its calls of generate, its update all the rest of the step."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
-    N, cuda, parts = len(lengths), torch.cuda.is_available(), {}
-    rows = max(size for size in range(1, N + 1) if N % size == 0 and size * int(lengths.max()) <= max(
-        config.token_budget, int(lengths.max())))
+    cuda, parts, longest = torch.cuda.is_available(), {}, config.max_response_tokens
+    most = max(1, config.token_budget // longest)
+    rows = max(size for size in range(1, N + 1) if N % size == 0 and size <= most)
 
     class Step(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -257,7 +266,7 @@ def trl_step(folder, output_dir, problem, lengths, config):
         model=folder, reward_funcs=lambda completions, **_: np.random.rand(len(completions)).tolist(),
         callbacks=[Step()], train_dataset=Dataset.from_list(N * [{"prompt": problem}]), args=GRPOConfig(
             output_dir=output_dir, max_steps=1, per_device_train_batch_size=rows, gradient_accumulation_steps=N // rows,
-            num_generations=config.group_size, max_completion_length=int(lengths.max()), temperature=config.temperature,
+            num_generations=config.group_size, max_completion_length=longest, temperature=config.temperature,
             top_k=0, beta=config.kl_coef, learning_rate=config.learning_rate, bf16=cuda, use_cpu=not cuda, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
             gradient_checkpointing=config.activation_checkpointing))
@@ -265,25 +274,26 @@ def trl_step(folder, output_dir, problem, lengths, config):
     generate = trainer.model.generate
 
     def forced(*args, **kwargs):
-        start, at_length = clock(), AtLength(kwargs["input_ids"].shape[1], lengths)
+        start, at_length = clock(), AtLength(kwargs["input_ids"].shape[1], parts["lengths"])
         output = generate(*args, **kwargs, stopping_criteria=StoppingCriteriaList([at_length]))
         parts["rollouts"] += clock() - start
         return output
     trainer.model.generate = forced
 
-    def turn():
+    def turn(lengths):
+        parts["lengths"] = lengths
         trainer.train()
         return {part: parts[part] for part in ("rollouts", "update")}
     return turn
 
 
-def run_in_turns(turns, number) -> dict:
-    """{name: [{part: seconds}, ...]}: all once uncounted, then `number` times one after the other."""
+def run_in_turns(turns, number, lengths) -> dict:
+    """{name: [{part: seconds}, ...]}: all once uncounted on short responses, then `number` times in turns."""
     results = {name: [] for name in turns}
     for counted in range(-1, number):
         for name in tqdm(list(results), f"turn {counted + 1} of {number}", leave=False, disable=None):
             try:
-                result = turns[name]()
+                result = turns[name](lengths if counted >= 0 else lengths.clamp(max=16))
             except Exception as error:                      # another library's, without which the table can do
                 if name == "ours":
                     raise
@@ -292,6 +302,9 @@ def run_in_turns(turns, number) -> dict:
                 continue
             if counted >= 0:
                 results[name].append(result)
+                tokens = int(lengths.sum())
+                print(f"turn {counted + 1}, {name}: " + ", ".join(
+                    f"{part} {tokens / took:,.0f} tokens/s" for part, took in result.items()), flush=True)
     return results
 
 
@@ -321,15 +334,18 @@ def main(argv=None) -> None:
     parser.add_argument("--rollouts", type=int, default=1024 if cuda else 32, help="default: 1024 on CUDA, else 32")
     parser.add_argument("--max-response-tokens", type=int, default=3072 if cuda else 192,
                         help="the longest response (default: 3072 on CUDA, else 192)")
-    parser.add_argument("--slots", type=int, default=256, help="responses sampled at the same time (default: 256)")
-    parser.add_argument("--token-budget", type=int, default=rl.Config().token_budget, help="tokens of a micro-batch")
-    parser.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction,
-                        default=cuda and rl.Config().activation_checkpointing)
+    parser.add_argument("--slots", type=int, default=rl.Config().slots,
+                        help="responses sampled at the same time (default: %(default)s)")
+    parser.add_argument("--token-budget", type=int, default=rl.Config().token_budget,
+                        help="tokens of a micro-batch (default: %(default)s)")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="compute activations again")
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--turns", type=int, default=3, help="turns that count, after one that does not (default: 3)")
     parser.add_argument("--plan", action="store_true", help="print what would fit on other GPUs, and how fast at best")
     parser.add_argument("--against", nargs="*", choices=whom, default=whom, help="what to compare with (default: all)")
     args = parser.parse_args(argv)
+    if args.plan:
+        return print_plan(draw_lengths(1024, 3072))
     if args.rollouts % 8 or min(args.rollouts, args.max_response_tokens, args.turns, args.slots) < 1:
         rl.fail(f"--rollouts {args.rollouts} must be a multiple of 8, the size of a group, and every number 1 or more")
     warnings.filterwarnings("ignore")
@@ -338,32 +354,32 @@ def main(argv=None) -> None:
                        slots=args.slots, token_budget=args.token_budget, cuda_graph=args.cuda_graph and cuda,
                        activation_checkpointing=args.activation_checkpointing)
     lengths = draw_lengths(args.rollouts, args.max_response_tokens)
-    if args.plan:
-        return print_plan(draw_lengths(1024, 3072))
     problem = rl.load_examples(["pi1"])[0]["problem"] + rl.TRAIN_SUFFIX
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.model or f"{temporary}/{args.shape}"
-        if not args.model:
-            rl.save_model(Path(folder), random_model(args.shape), random_tokenizer())
-        prompt = rl.encode_prompt(transformers.AutoTokenizer.from_pretrained(folder), problem)
-        policy, sampler, turn = ours(folder, prompt, lengths, config)
+        if args.model:
+            policy, tokenizer = rl.load_model(args.model)
+        else:
+            with torch.device("cuda" if cuda else "cpu"):
+                policy, tokenizer = random_model(args.shape), random_tokenizer()
+        prompt, name = rl.encode_prompt(tokenizer, problem), Path(args.model or args.shape).name
+        if trl := "TRL" in args.against and importlib.util.find_spec("trl"):
+            rl.save_model(Path(temporary, name), policy, tokenizer)
+        sampler, turn = ours(policy, prompt, config)
         dtype = torch.bfloat16 if rl.uses_bf16(policy.device, config) else torch.float32
         bandwidth, rate = machine_speed(policy.device, dtype)
         print(f"{machine()}; {dtype}\ncopy {bandwidth / 1e9:,.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s\n"
-              f"{Path(folder).name}, {policy.num_parameters() / 1e6:,.0f} million parameters; {len(lengths)} rollouts "
+              f"{name}, {policy.num_parameters() / 1e6:,.0f} million parameters; {len(lengths)} rollouts "
               f"in groups of 8, mean {lengths.float().mean():.0f} and at most {lengths.max()} tokens after a prompt of "
               f"{len(prompt)}, {min(config.slots, len(lengths))} at a time", flush=True)
-        turn()
-        memory = rl.peak_memory_gb(policy.device)               # before the others take any
-        turns = {"ours": turn, "generate": transformers_generate(sampler, prompt, lengths, config),
-                 "continuous batching": continuous_batching(sampler, prompt, lengths, config)}
-        if importlib.util.find_spec("trl") and "TRL" in args.against:
-            turns["TRL"] = trl_step(folder, temporary, problem, lengths, config)
+        turns = {"ours": turn, "generate": transformers_generate(sampler, prompt, config),
+                 "continuous batching": continuous_batching(sampler, prompt, config)}
+        if trl:
+            turns["TRL"] = trl_step(f"{temporary}/{name}", temporary, problem, len(lengths), config)
         floor = floors(policy, sampler.dtype.itemsize, len(prompt), lengths, config, bandwidth, rate)
         print_table(run_in_turns({name: turn for name, turn in turns.items() if name in ("ours", *args.against)},
-                                 args.turns), floor, int(lengths.sum()))
-    print(f"\nmedians of {args.turns} turns; peak memory of ours {memory:.1f} GB")
+                                 args.turns, lengths), floor, int(lengths.sum()))
+    print(f"\nmedians of {args.turns} turns; peak memory {'of ours' if cuda else 'of all together'} {turn.memory:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -26,17 +26,18 @@ import one_shot_rlvr as rl  # noqa: E402
 from evaluate import standard_error  # noqa: E402
 from labs import plot, tiny  # noqa: E402
 
-# part: (the question, what the paper has for it, {row: (what it is, the paper's figure, flags)})
 SETS = {"set-16.jsonl": 16, "set-1024.jsonl": 1024}
+# part: (the question, what the paper has for it, {row: (what it is, the paper's figure, flags)})
+# A row may stand in several parts: it is run once, with the flags of the first.
 PARTS = {
     "examples": ("Does one example match a whole set?", "Table 8, average of six benchmarks", {
         "one": ("one example", "35.0", ""),
         "two": ("two examples", "36.6", "--example tiny-add tiny-mul"),
         "four": ("four examples", "36.0", "--example tiny-add tiny-sub tiny-mul tiny-max"),
         "sixteen": ("sixteen examples", "", "--example {out}/set-16.jsonl"),
-        "set": ("a set of 1,024", "35.9", "--example {out}/set-1024.jsonl"),
+        "set": ("a set of 1,024 (paper: 1,209)", "35.9", "--example {out}/set-1024.jsonl"),
     }),
-    "tasks": ("Does it matter which example?", "Table 3, MATH500: 64 to 74 for examples with a right label", {
+    "tasks": ("Does it matter which example?", "Table 3, MATH500: 45 (too hard), 54 (wrong label), else 64 to 74", {
         "one": ("addition", "", ""),
         "sub": ("subtraction", "", "--example tiny-sub"),
         "mul": ("multiplication", "", "--example tiny-mul"),
@@ -55,12 +56,12 @@ PARTS = {
         "wd-kl-entropy": ("weight decay, KL, entropy", "65.4", "--pg-coef 0"),
         "entropy": ("entropy alone", "63.4", "--pg-coef 0 --weight-decay 0 --kl-coef 0"),
     }),
-    "labels": ("Must the label be right?", "Table 5, rows 5 and 11 to 13, and Table 8, MATH500", {
-        "one": ("right: 85", "74.8", ""),
-        "near": ("slightly wrong: 84", "73.4", "--answer 84"),
-        "guess": ("wrong, but sometimes guessed: 80", "57.0", "--answer 80"),
+    "labels": ("Must the label be right?", "Table 5, rows 5 and 11 to 13, and Table 14, MATH500", {
+        "one": ("right: 85 (paper: 12.7)", "73.4", ""),
+        "near": ("slightly wrong: 84 (12.8)", "74.8", "--answer 84"),
+        "guess": ("wrong, but sometimes guessed: 80 (4)", "57.0", "--answer 80"),
         "never": ("never obtained: 929725", "64.4", "--answer 929725"),
-        "format": ("no label: any boxed answer", "65.0", "--reward format"),
+        "format": ("no label: any boxed answer", "65.4", "--reward format"),
     }),
     "method": ("Does the algorithm matter?", "Table 4, average: GRPO 35.0, PPO 33.8", {
         "one": ("GRPO, 1 update, groups of 8", "35.0", ""),
@@ -85,10 +86,9 @@ def command(row, seed, out) -> list:
 
 def last_test(run):
     """{benchmark: accuracy} after the last step of a run, or None if it has not come to its end."""
-    if not (run / "config.json").exists():
+    if not (run / "metrics.jsonl").exists():
         return None
-    steps, rows = rl.read_rows(run / "config.json")["steps"], rl.read_log(run / "metrics.jsonl")
-    return next((row["eval"] for row in rows if row["step"] == steps and "eval" in row), None)
+    return plot.read_run(run)[1].get(rl.read_json(run / "config.json")["steps"])
 
 
 def make_run(row, seed, out) -> None:
@@ -104,10 +104,6 @@ def make_run(row, seed, out) -> None:
         raise RuntimeError(f"python {' '.join(words)} ended with exit code {code}; see {run / 'log.txt'}")
 
 
-def metrics(row, seed, out) -> list:
-    return rl.read_log(out / f"{row}-{seed}" / "metrics.jsonl")
-
-
 def cell(values, scale=100, digits=1) -> str:
     """Mean and standard error over seeds."""
     error = standard_error(values)
@@ -116,32 +112,28 @@ def cell(values, scale=100, digits=1) -> str:
 
 def table_of_rows(rows, seeds, out) -> list:
     """A line for the base model and for each row {row: (what, paper's figure, flags)}, with accuracy by benchmark."""
-    def line(name, figure, training, tests):                                # tests: {benchmark: accuracy} of each seed
-        return f"| {name} | {figure} | {training} | {cell([test['average'] for test in tests])} | " + \
+    def line(title, figure, training, tests):                               # tests: {benchmark: accuracy} of each seed
+        return f"| {title} | {figure} | {training} | {cell([test['average'] for test in tests])} | " + \
             " | ".join(f"{100 * np.mean([test[name] for test in tests]):.0f}" for name in tiny.BENCHMARKS) + " |"
     lines = [f"| row | paper | training | test | {' | '.join(tiny.BENCHMARKS).replace('tiny_', '')} |",
              "|---" * (4 + len(tiny.BENCHMARKS)) + "|"]
-    before = [next(r["eval"] for r in metrics(row, seed, out) if "eval" in r) for row in rows for seed in seeds]
-    lines.append(line("the base model", "", "", before[:len(seeds)]))
     for row, (what, figure, _) in rows.items():
-        training = []
-        for seed in seeds:
-            accuracies = [r["accuracy"] for r in metrics(row, seed, out) if "accuracy" in r]
-            training.append(np.mean(accuracies[-len(accuracies) // 10:]))
-        tests = [last_test(out / f"{row}-{seed}") for seed in seeds]
-        lines.append(line(f"`{row}`: {what}", figure, cell(training), tests))
+        training, tests = zip(*(plot.read_run(out / f"{row}-{seed}") for seed in seeds))
+        if len(lines) == 2:
+            lines.append(line("the base model", "", "", [test[0] for test in tests]))
+        tail = [np.mean([step["accuracy"] for step in steps[-len(steps) // 10:]]) for steps in training]
+        lines.append(line(f"`{row}`: {what}", figure, cell(tail), [test[max(test)] for test in tests]))
     return lines
 
 
 def table_of_steps(row, seeds, out) -> list:
     """A line for each evaluation of one row, with what the policy was like in the ten steps before it."""
     lines = ["| step | training | test | entropy | KL | tokens |", "|---" * 6 + "|"]
-    runs = [metrics(row, seed, out) for seed in seeds]
-    for step in [r["step"] for r in runs[0] if "eval" in r and r["step"]]:
-        tests = [next(r["eval"]["average"] for r in rows if "eval" in r and r["step"] == step) for rows in runs]
-        mean = lambda key: [np.mean([r[key] for r in rows if key in r and step - 10 < r["step"] <= step])
-                            for rows in runs]
-        lines.append(f"| {step} | {cell(mean('accuracy'))} | {cell(tests)} | {cell(mean('entropy'), 1, 3)} | "
+    training, tests = zip(*(plot.read_run(out / f"{row}-{seed}") for seed in seeds))
+    for step in sorted(set(tests[0]) - {0}):
+        mean = lambda key: [np.mean([r[key] for r in rows if step - 10 < r["step"] <= step]) for rows in training]
+        tested = cell([test[step]["average"] for test in tests])
+        lines.append(f"| {step} | {cell(mean('accuracy'))} | {tested} | {cell(mean('entropy'), 1, 3)} | "
                      f"{cell(mean('kl'), 1, 3)} | {cell(mean('response_length'), 1)} |")
     return lines
 
@@ -150,7 +142,7 @@ def tables(rows, seeds, out) -> str:
     """Markdown: for each part the rows that were run, beside the paper's figures."""
     text = ""
     for part, (question, source, of_part) in PARTS.items():
-        if of_part := {row: what for row, what in of_part.items() if row in rows}:
+        if of_part := {row: of_row for row, of_row in of_part.items() if row in rows}:
             lines = table_of_steps(*of_part, seeds, out) if part == "post" else table_of_rows(of_part, seeds, out)
             text += f"**{question}** ({part}; paper: {source})\n\n" + "\n".join(lines) + "\n\n"
     return text

@@ -19,9 +19,10 @@ import one_shot_rlvr as rl  # noqa: E402
 # Okabe and Ito's colours, which the colour-blind tell apart, each with a dash pattern of its own for those who print
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 4))]
-PANELS = {"entropy": "entropy (nats a token)", "kl": "KL to the base model",
-          "response_length": "response length (tokens)", "truncated_frac": "share of responses cut short",
-          "dead_groups": "share of dead groups"}
+# what is logged: (title, upper end of the axis)
+PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL to the base model", None),
+          "response_length": ("response length (tokens)", None),
+          "truncated_frac": ("share of responses cut short", 1.02), "dead_groups": ("share of dead groups", 1.02)}
 
 
 def read_run(run) -> tuple:
@@ -43,22 +44,8 @@ def over_seeds(series) -> tuple:
     return steps, values.mean(0), values.min(0), values.max(0)
 
 
-def draw(groups, output) -> None:
-    """groups: {label: [runs that differ in the seed]} -> a picture, PNG or SVG by its name."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        rl.fail("labs/plot.py needs matplotlib, an optional extra: pip install matplotlib")
-    plt.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.alpha": 0.3, "lines.linewidth": 2.5, "svg.fonttype": "none"})
-    figure = plt.figure(figsize=(20, 13), layout="constrained")
-    grid = figure.add_gridspec(3, 4)
-    main, bars = figure.add_subplot(grid[:2, :2]), figure.add_subplot(grid[2, :3])
-    small = [figure.add_subplot(grid[place]) for place in [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]]
-    runs = {label: [read_run(run) for run in paths] for label, paths in groups.items()}
-
+def draw_curves(curves, panels, runs) -> None:
+    """Reward and test accuracy on the axis `curves`, the rest on `panels`; runs: {label: [the run of each seed]}."""
     def line(axis, series, style, **options):
         steps, mean, low, high = over_seeds(series)
         axis.plot(steps, mean, **style, **options)
@@ -67,38 +54,59 @@ def draw(groups, output) -> None:
 
     for number, (label, seeds) in enumerate(runs.items()):
         style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-        line(main, [{row["step"]: row["reward"] for row in rows} for rows, _ in seeds], style, alpha=0.45)
+        line(curves, [{row["step"]: row["reward"] for row in rows} for rows, _ in seeds], style, alpha=0.45)
         if all(tests for _, tests in seeds):
-            line(main, [{step: test["average"] for step, test in tests.items()} for _, tests in seeds], style,
+            line(curves, [{step: test["average"] for step, test in tests.items()} for _, tests in seeds], style,
                  marker="o", markersize=9, label=f"{label}: test accuracy")
         else:
-            main.plot([], [], **style, label=f"{label}: training reward")
-        for axis, key in zip(small, PANELS):
+            curves.plot([], [], **style, label=f"{label}: training reward")
+        for axis, key in zip(panels, PANELS):
             line(axis, [{row["step"]: row[key] for row in rows} for rows, _ in seeds], style)
-    main.set(title="training reward (pale) and test accuracy (dots)", xlabel="step", ylim=(0, 1.02))
-    main.legend(loc="lower right", fontsize=15)
-    for axis, title in zip(small, PANELS.values()):
+    curves.set(title="training reward (pale) and test accuracy (dots)", xlabel="step", ylim=(0, 1.02))
+    curves.legend(loc="lower right", fontsize=15)
+    for axis, (title, top) in zip(panels, PANELS.values()):
         axis.set(title=title, xlabel="step")
-        axis.set_ylim(0, 1.02 if "share" in title else None)
+        axis.set_ylim(0, top)
 
+
+def draw_bars(axis, runs) -> None:
+    """Accuracy on each benchmark before training, the mean of all runs, and after it."""
     tested = {label: [tests for _, tests in seeds if tests] for label, seeds in runs.items()}
     tested = {label: seeds for label, seeds in tested.items() if seeds}
-    names = [name for seeds in list(tested.values())[:1] for name in seeds[0][min(seeds[0])]]
-    names = [name for name in names if name != "average"] + ["average"] * bool(names)
-    after = {label: [np.mean([tests[max(tests)].get(name, np.nan) for tests in seeds]) for name in names]
-             for label, seeds in tested.items()}
-    before = [np.nanmean([tests[min(tests)].get(name, np.nan) for seeds in tested.values() for tests in seeds])
-              for name in names]
-    width = 0.8 / (len(after) + 1)
-    for number, (label, heights) in enumerate({"before training": before, **after}.items()):
-        colour = "#BBBBBB" if number == 0 else COLOURS[(number - 1) % len(COLOURS)]
-        bars.bar(np.arange(len(names)) + (number - len(after) / 2) * width, heights, width, color=colour,
-                 edgecolor="white", hatch="" if number < 2 else "//.x\\o*-|"[(number - 2) % 9], label=label)
-    bars.set(title="test accuracy by benchmark" if names else "no test accuracy: train with --eval",
-             xticks=range(len(names)), ylim=(0, 1.02))
-    bars.set_xticklabels(names)
-    if names:
-        bars.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=4, fontsize=13, frameon=False)
+    if not tested:
+        return axis.set(title="no test accuracy: train with --eval")
+    first = next(iter(tested.values()))[0]
+    names = [name for name in first[min(first)] if name != "average"] + ["average"]
+    heights = {"before training": [np.nanmean([tests[min(tests)].get(name, np.nan)
+                                               for seeds in tested.values() for tests in seeds]) for name in names]}
+    for label, seeds in tested.items():
+        heights[label] = [np.mean([tests[max(tests)].get(name, np.nan) for tests in seeds]) for name in names]
+    width = 0.8 / len(heights)
+    for number, (label, values) in enumerate(heights.items()):
+        axis.bar(np.arange(len(names)) + (number - (len(heights) - 1) / 2) * width, values, width, edgecolor="white",
+                 color=COLOURS[(number - 1) % len(COLOURS)] if number else "#BBBBBB",
+                 hatch="//.x\\o*-|"[(number - 2) % 9] if number > 1 else "", label=label)
+    axis.set(title="test accuracy by benchmark", xticks=range(len(names)), ylim=(0, 1.02))
+    axis.set_xticklabels(names)
+    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=4, fontsize=13, frameon=False)
+
+
+def draw(groups, output) -> None:
+    """groups: {label: [runs that differ in the seed]} -> a picture, PNG or SVG by its name."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        rl.fail("labs/plot.py needs matplotlib, an optional extra: pip install matplotlib")
+    runs = {label: [read_run(run) for run in paths] for label, paths in groups.items()}
+    plt.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.alpha": 0.3, "lines.linewidth": 2.5, "svg.fonttype": "none"})
+    figure = plt.figure(figsize=(20, 13), layout="constrained")
+    grid = figure.add_gridspec(3, 4)
+    panels = [figure.add_subplot(grid[place]) for place in [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]]
+    draw_curves(figure.add_subplot(grid[:2, :2]), panels, runs)
+    draw_bars(figure.add_subplot(grid[2, :3]), runs)
     figure.savefig(output, dpi=80)
     plt.close(figure)
     print(f"written to {output}")

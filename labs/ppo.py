@@ -7,9 +7,14 @@ What differs from one_shot_rlvr.py, and nothing else does:
     1. Critic       a copy of the model with a value head in place of the logits: one number before each response token
     2. Advantages   generalised advantage estimation (GAE) from rewards and values, whitened over the batch's tokens
     3. Value loss   squared error to the returns, clipped around the old values; the critic has an optimizer of its own
-The loss of the policy is the same, with an advantage for each token; KL and entropy are in it as before. The defaults
-are those of the released code, whose paper gives no others. With gamma = lambda = 1 an advantage is reward - value, and
-a critic that knew nothing but the mean reward would make it GRPO's without the division by the standard deviation.
+The loss of the policy is the same, with an advantage for each token. The defaults are the released code's, but for the
+KL: there, PPO takes it off the reward; here it stays in the loss, as in GRPO. With gamma = lambda = 1 the advantage
+before whitening is reward - value; a critic that knew only the mean reward would give GRPO's reward - mean, and
+whitening divides by the standard deviation of the batch in place of the group's.
+
+Logs are those of GRPO, with value_loss and value in metrics.jsonl; samples.jsonl has the reward as the advantage,
+because a rollout has many; a dead group is not lost, because the critic need not expect its reward.
+--offload-optimizer acts on the policy alone.
 """
 import argparse
 import functools
@@ -78,6 +83,23 @@ def whiten(advantages, mask):
     return ((advantages - mean) * ((squares / n - mean.square()).clamp(min=0) + 1e-8).rsqrt() * mask).float()
 
 
+def token_advantages(critic, prompts, responses, rewards, config, gamma, lam) -> tuple:
+    """Old values, advantages and returns of each rollout, lists of (T,)."""
+    N, old_values = len(prompts), [None] * len(prompts)
+    with torch.no_grad():
+        for rows in rl.micro_batches(prompts, responses, config.token_budget):
+            for i, values, mask in zip(rows, *score(critic, prompts, responses, rows, config)):
+                old_values[i] = values[mask]
+    values = pad_sequence(old_values, batch_first=True)                                                         # (N, T)
+    lengths = torch.tensor([len(response) for response in responses], device=values.device)                       # (N,)
+    mask = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+    token_rewards = torch.zeros_like(values)
+    token_rewards[range(N), lengths - 1] = rewards.to(values.device)            # the reward comes with the last token
+    advantages, returns = gae(token_rewards, values, mask, gamma, lam)
+    advantages = whiten(advantages, mask)
+    return old_values, *([row[kept] for row, kept in zip(x, mask)] for x in (advantages, returns))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Value loss
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,51 +140,41 @@ def main(argv=None) -> None:
     parser.add_argument("--critic-updates", type=int, default=8,
                         help="steps of the critic on each batch, each on another part of it (default: 8)")
     parser.add_argument("--value-clip", type=float, default=0.5, help="how far a value may move (default: 0.5)")
-    ppo, argv = parser.parse_known_args(argv)
+    flags, argv = parser.parse_known_args(argv)
     config = rl.parse_args(argv)
-    if ppo.critic_updates < 1 or config.prompts_per_step % ppo.critic_updates:
-        rl.fail(f"--critic-updates {ppo.critic_updates} must divide --prompts-per-step {config.prompts_per_step}")
+    if flags.critic_updates < 1 or config.prompts_per_step % flags.critic_updates:
+        rl.fail(f"--critic-updates {flags.critic_updates} must divide --prompts-per-step {config.prompts_per_step}")
     train_policy, save_policy, load_policy = rl.train_on, rl.save_checkpoint, rl.load_checkpoint
 
     @functools.cache                # made at its first use, when the process knows its GPU
     def critic_and_optimizer():
         critic = Critic(rl.load_model(config.model)[0])
         if config.activation_checkpointing:
-            rl.checkpoint_layers(critic.model)
-        learning_rate = ppo.critic_learning_rate or (1e-3 if config.preset == "tiny" else 1e-5)
+            rl.recompute_layers(critic.model)
+        learning_rate = flags.critic_learning_rate or (1e-3 if config.preset == "tiny" else 1e-5)
         return critic, torch.optim.AdamW(critic.parameters(), lr=learning_rate, weight_decay=config.weight_decay)
 
     def train_on(policy, ref_policy, policy_optimizer, prompts, responses, sampler_logprobs, rewards, config):
         """In the place of rl.train_on: values, advantages, the policy's update, the critic's updates."""
         critic, optimizer = critic_and_optimizer()
-        N, old_values = len(prompts), [None] * len(prompts)
-        with torch.no_grad():
-            for rows in rl.micro_batches(prompts, responses, config.token_budget):
-                for i, values, mask in zip(rows, *score(critic, prompts, responses, rows, config)):
-                    old_values[i] = values[mask]
-        values = pad_sequence(old_values, batch_first=True)                                                     # (N, T)
-        lengths = torch.tensor([len(response) for response in responses], device=values.device)                   # (N,)
-        mask = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
-        token_rewards = torch.zeros_like(values)
-        token_rewards[range(N), lengths - 1] = rewards.to(values.device)        # the reward comes with the last token
-        advantages, returns = gae(token_rewards, values, mask, ppo.gamma, ppo.lam)
-        advantages = whiten(advantages, mask)
-        advantages, returns = ([row[kept] for row, kept in zip(x, mask)] for x in (advantages, returns))
+        old_values, advantages, returns = token_advantages(critic, prompts, responses, rewards, config, flags.gamma,
+                                                           flags.lam)
         stats = train_policy(policy, ref_policy, policy_optimizer, prompts, responses, sampler_logprobs, advantages,
                              config)
         critic_stats = Counter()
-        for first in range(0, N, N // ppo.critic_updates):
-            part = slice(first, first + N // ppo.critic_updates)
+        size = len(prompts) // flags.critic_updates
+        for first in range(0, len(prompts), size):
+            part = slice(first, first + size)
             critic_stats.update(update_critic(critic, optimizer, prompts[part], responses[part], old_values[part],
-                                              returns[part], config, ppo.value_clip))
-        return {**stats, **{name: value / ppo.critic_updates for name, value in critic_stats.items()}}
+                                              returns[part], config, flags.value_clip))
+        return {**stats, **{name: value / flags.critic_updates for name, value in critic_stats.items()}}
 
     def save_checkpoint(run_dir, step, policy, policy_optimizer):
         """The critic of a step is there before the policy's checkpoint names that step."""
         critic, optimizer = critic_and_optimizer()
         (run_dir / "latest").mkdir(exist_ok=True)
         with rl.atomically(run_dir / "latest" / f"critic-{step}.pt") as temporary:
-            torch.save({"flags": vars(ppo), "critic": critic.state_dict(), "optimizer": optimizer.state_dict()},
+            torch.save({"flags": vars(flags), "critic": critic.state_dict(), "optimizer": optimizer.state_dict()},
                        temporary)
         save_policy(run_dir, step, policy, policy_optimizer)
         for path in (run_dir / "latest").glob("critic-*.pt"):
@@ -177,12 +189,13 @@ def main(argv=None) -> None:
         if step:
             critic, optimizer = critic_and_optimizer()
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["flags"] != vars(ppo):
+            if state["flags"] != vars(flags):
                 rl.fail(f"--resume: {run_dir} was made with {state['flags']}; give the same flags")
             critic.load_state_dict(state["critic"])
             optimizer.load_state_dict(state["optimizer"])
         return step
 
+    # the loop of one_shot_rlvr.main() is used as it is; only these steps of it differ
     rl.group_advantages = lambda rewards, *_: torch.tensor(rewards)             # no groups: the critic is the baseline
     rl.train_on, rl.save_checkpoint, rl.load_checkpoint = train_on, save_checkpoint, load_checkpoint
     rl.main(argv)

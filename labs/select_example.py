@@ -7,9 +7,9 @@
 
 An example is visited once an epoch, and each visit has an accuracy, the mean of its group of rollouts. Its score is the
 standard deviation of these accuracies (population; the paper says variance, which ranks alike): high for an example
-that is learned while one looks on, zero for one that is always right or always wrong. Sorted by score, ties in the
-order of the set; the paper's pi_1 is the first of 1,209 (Sec. 2, released code data_selection.py). The paper also
-finds that examples of low score train nearly as well: try --bottom.
+that goes from wrong to right during the run, zero for one that is always right or always wrong. Sorted by score, ties
+in the order of the set; the paper's pi_1 is the first of 1,209 (Sec. 2, released code data_selection.py). The paper
+also finds that many examples of low score train nearly as well: try --bottom.
 """
 import argparse
 import sys
@@ -41,12 +41,16 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = rl.fail
     parser.add_argument("run", type=Path, help="folder of a run on a set of examples")
-    parser.add_argument("--top", type=int, help="write the so many examples of the highest score")
-    parser.add_argument("--bottom", type=int, help="write the so many examples of the lowest score")
+    parser.add_argument("--top", type=int, default=0, help="write the N highest-scoring examples")
+    parser.add_argument("--bottom", type=int, default=0, help="write the N lowest-scoring examples")
     parser.add_argument("--output", type=Path, help="a .jsonl file that --example of one_shot_rlvr.py takes")
     parser.add_argument("--show", type=int, default=10, help="rows of the ranking to print from each end (default: 10)")
     args = parser.parse_args(argv)
-    names = rl.read_rows(args.run / "config.json")["example"]
+    if bool(args.output) != bool(args.top or args.bottom):
+        rl.fail("--output needs --top N or --bottom N, and these need --output")
+    if args.output and args.output.exists():
+        rl.fail(f"--output {args.output}: is already there; name another")
+    names = rl.read_json(args.run / "config.json")["example"]
     examples = {example["name"]: example for example in rl.load_examples(names)}
     ranking = rank(history(rl.read_log(args.run / "metrics.jsonl")), examples)
     if not ranking:
@@ -61,12 +65,8 @@ def main(argv=None) -> None:
             print(" ...")
     if max(visits) < 2:
         print("\nno example was visited twice, so all scores are 0; train for more --steps")
-    if bool(args.output) != bool(args.top or args.bottom):
-        rl.fail("--output needs --top N or --bottom N, and these need --output")
     if args.output:
-        chosen = ranking[:args.top or 0] + (ranking[-args.bottom:] if args.bottom else [])
-        if args.output.exists():
-            rl.fail(f"--output {args.output}: is already there; name another")
+        chosen = ranking[:args.top] + ranking[len(ranking) - args.bottom:]
         rl.append_rows(args.output, [{key: examples[name][key] for key in ("name", "problem", "answer")}
                                      for name, *_ in chosen])
         print(f"\n{len(chosen)} written to {args.output}")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that python labs/tiny.py finds it
-from one_shot_rlvr import TRAIN_SUFFIX, append_rows, fail, make_folder, save_model  # noqa: E402
+from one_shot_rlvr import TINY_BASE, TRAIN_SUFFIX, append_rows, fail, make_folder, save_model  # noqa: E402
 
 PROTOCOL = (4, 0.6)             # samples a problem, temperature: greedy would show the commonest style alone
 MAX_RESPONSE_TOKENS = 64        # a careful solution takes some 30
@@ -112,9 +112,9 @@ def problems(name, n, seed, exclude=()):
     return [{"problem": problem, "answer": answer} for problem, answer in found.items()]
 
 
-def load_benchmark(name, n=TEST_SIZE):
-    """The first n test problems of a benchmark: always the same ones, which no training text contains."""
-    return problems(name, TEST_SIZE, "test")[:n]
+def load_benchmark(name):
+    """The test problems of a benchmark: always the same ones, which no training text contains."""
+    return problems(name, TEST_SIZE, "test")
 
 
 def held_out():
@@ -269,7 +269,7 @@ def build_base(folder, steps=1800, seed=0, batch_size=96, learning_rate=2.5e-3, 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = fail
-    parser.add_argument("--output", default="runs/tiny-base",
+    parser.add_argument("--output", default=TINY_BASE,
                         help="folder of the model (default: %(default)s); with --set the .jsonl file of the problems")
     parser.add_argument("--set", type=int, help="write so many training problems, and no model")
     parser.add_argument("--steps", type=int, default=1800, help="pretraining steps (default: %(default)s)")
