@@ -461,7 +461,7 @@ def curve(run, output, evaluate_step) -> None:
     print(f"\nwritten to {output}")
 
 
-def main(argv=None) -> None:
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     what = parser.add_mutually_exclusive_group()
@@ -492,6 +492,11 @@ def main(argv=None) -> None:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: use {lowest} or more")
     if args.temperature is not None and not 0 <= args.temperature < math.inf:
         fail(f"--temperature {args.temperature}: use 0 (greedy) or more")
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
     if args.compare:
         return compare(*args.compare, args.by or "subject", "correct_lenient" if args.lenient else "correct")
 
@@ -511,6 +516,8 @@ def main(argv=None) -> None:
                              else Path(f"runs/eval-{Path(model_name).name}.json"))
     if output.suffix != (".jsonl" if args.run else ".json"):
         fail(f"--output {output}: its name must end in {'.jsonl' if args.run else '.json'}")
+    if any(Path(name).resolve() == output.with_suffix(".jsonl").resolve() for name in names):
+        fail(f"--output {output}: the responses would go into the benchmark {output.with_suffix('.jsonl')}; name another")
     run_one = functools.partial(evaluate_to_file, names=names, settings=settings, data_dir=args.data_dir,
                                 slots=args.slots, cuda_graph=args.cuda_graph, lenient=args.lenient)
     try:

@@ -1108,7 +1108,7 @@ def test_plot_says_what_it_lacks_or_draws(folder, tmp_path, easy_reward, capsys,
     for name in ("plot.png", "plot.svg") if matplotlib else ():
         plot.main([*runs, "--seeds", "--output", str(tmp_path / name)])
         assert (tmp_path / name).stat().st_size > 10_000
-    assert not matplotlib or all(word in (tmp_path / "plot.svg").read_text() for word in ("run: test accuracy", "other: training reward", "before training"))
+    assert not matplotlib or all(word in (tmp_path / "plot.svg").read_text() for word in ("other (not tested)", "before training", "response length"))
     for flags, words in [([*runs, "--output", "x.gif"], ".png or .svg"), ([str(tmp_path / "none")], "none")]:
         with pytest.raises(SystemExit) as stop:
             plot.main(flags)
@@ -1321,6 +1321,9 @@ def test_an_evaluation_is_not_overwritten_and_settings_do_not_mix(my_flags, tmp_
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and "another --output" in error
     assert before == (Path("e.json").read_text(), Path("e.jsonl").read_text())
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", str(folder), "--benchmarks", "my.jsonl", "--output", "my.json"])
+    assert "would go into the benchmark" in capsys.readouterr().err
     Path("e.json").rename("gone.json")
     with pytest.raises(SystemExit):
         evaluate.main(my_flags())

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import one_shot_rlvr as rl  # noqa: E402
 
 # Okabe and Ito's colours, which the colour-blind tell apart, each with a dash pattern of its own for those who print
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F"]
-DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 4))]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F", "#7A3B00", "#C8B400"]
+DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 4)), (0, (9, 1)), (0, (2, 1))]
 # what is logged: (title, upper end of the axis)
 PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL to the base model", None),
           "response_length": ("response length (tokens)", None),
@@ -57,13 +57,13 @@ def draw_curves(curves, panels, runs) -> None:
         line(curves, [{row["step"]: row["reward"] for row in rows} for rows, _ in seeds], style, alpha=0.45)
         if all(tests for _, tests in seeds):
             line(curves, [{step: test["average"] for step, test in tests.items()} for _, tests in seeds], style,
-                 marker="o", markersize=9, label=f"{label}: test accuracy")
+                 marker="o", markersize=9, label=label)
         else:
-            curves.plot([], [], **style, label=f"{label}: training reward")
+            curves.plot([], [], **style, label=f"{label} (not tested)")
         for axis, key in zip(panels, PANELS):
             line(axis, [{row["step"]: row[key] for row in rows} for rows, _ in seeds], style)
     curves.set(title="training reward (pale) and test accuracy (dots)", xlabel="step", ylim=(0, 1.02))
-    curves.legend(loc="lower right", fontsize=15)
+    curves.legend(loc="best", fontsize=13, ncols=1 + len(runs) // 6, framealpha=0.6)
     for axis, (title, top) in zip(panels, PANELS.values()):
         axis.set(title=title, xlabel="step")
         axis.set_ylim(0, top)
