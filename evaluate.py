@@ -516,8 +516,9 @@ def main(argv=None) -> None:
                              else Path(f"runs/eval-{Path(model_name).name}.json"))
     if output.suffix != (".jsonl" if args.run else ".json"):
         fail(f"--output {output}: its name must end in {'.jsonl' if args.run else '.json'}")
-    if any(Path(name).resolve() == output.with_suffix(".jsonl").resolve() for name in names):
-        fail(f"--output {output}: the responses would go into the benchmark {output.with_suffix('.jsonl')}; name another")
+    responses_path = output.with_suffix(".jsonl")
+    if any(Path(name).resolve() == responses_path.resolve() for name in names):
+        fail(f"--output {output}: the responses would go into the benchmark {responses_path}; name another")
     run_one = functools.partial(evaluate_to_file, names=names, settings=settings, data_dir=args.data_dir,
                                 slots=args.slots, cuda_graph=args.cuda_graph, lenient=args.lenient)
     try:

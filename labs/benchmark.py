@@ -379,7 +379,8 @@ def main(argv=None) -> None:
         floor = floors(policy, sampler.dtype.itemsize, len(prompt), lengths, config, bandwidth, rate)
         print_table(run_in_turns({name: turn for name, turn in turns.items() if name in ("ours", *args.against)},
                                  args.turns, lengths), floor, int(lengths.sum()))
-    print(f"\nmedians of {args.turns} turns; peak memory {'of ours' if cuda else 'of all together'} {turn.memory:.1f} GB")
+    whose = "of ours" if cuda else "of all together"
+    print(f"\nmedians of {args.turns} turns; peak memory {whose} {turn.memory:.1f} GB")
 
 
 if __name__ == "__main__":

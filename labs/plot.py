@@ -18,7 +18,8 @@ import one_shot_rlvr as rl  # noqa: E402
 
 # Okabe and Ito's colours, which the colour-blind tell apart, each with a dash pattern of its own for those who print
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F", "#7A3B00", "#C8B400"]
-DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 4)), (0, (9, 1)), (0, (2, 1))]
+DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 4)), (0, (9, 1)),
+          (0, (2, 1))]
 # what is logged: (title, upper end of the axis)
 PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL to the base model", None),
           "response_length": ("response length (tokens)", None),
