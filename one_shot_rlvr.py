@@ -569,15 +569,15 @@ def hidden_states(model, prompts, responses):
     Rows are prompt + response, padded on the right with any token: a causal model never looks there. The mask goes by
     length, not by token id, because where EOS == PAD an id mask would take the model's stopping out of the loss.
     """
-    device = model.device
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)                                     # (B,)
-    lengths = torch.tensor([len(response) for response in responses], device=device)                              # (B,)
-    ids = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
-    ids = pad_sequence(ids, batch_first=True).to(device)                                                        # (B, L)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                                   # (B, T)
-    b, t = mask.nonzero(as_tuple=True)                                                                            # (M,)
+    starts = torch.tensor([len(prompt) for prompt in prompts])                                                    # (B,)
+    lengths = torch.tensor([len(response) for response in responses])                                             # (B,)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]                                                  # (B, T)
+    b, t = mask.nonzero(as_tuple=True)                          # (M,), on the host: a GPU would have to be waited for
+    ids = pad_sequence([torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)],
+                       batch_first=True)                                                                        # (B, L)
+    b, place, ids, mask = (x.to(model.device) for x in (b, starts[b] + t, ids, mask))
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                              # (B, L, H)
-    return hidden[b, starts[b] + t - 1], ids[b, starts[b] + t], mask           # the token before predicts the next one
+    return hidden[b, place - 1], ids[b, place], mask                           # the token before predicts the next one
 
 
 def token_logprobs(model, prompts, responses, temperature, chunk=512):
@@ -634,8 +634,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, n
         weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / num_rollouts
     loss = (per_token * weight).sum()
     means = {"pg_loss": pg, "kl": kl, "entropy": entropy, "ratio": ratio, "clip_frac": clipped * A < ratio * A}
-    stats = {name: float((x.detach() * mask).sum() / num_tokens) for name, x in means.items()}
-    return loss, {"loss": loss.item(), **stats}
+    # stats stay tensors: a number would have to be waited for before the GPU is given the backward pass
+    return loss, {"loss": loss.detach(), **{name: (x.detach() * mask).sum() / num_tokens for name, x in means.items()}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -684,15 +684,14 @@ def update_policy(policy, ref_policy, optimizer, prompts, responses, sampler_log
         if ref_logprobs is None:
             ref_logprobs = logprobs.detach()        # without a reference the KL reads 0
         old = logprobs.detach() if old_logprobs is None else padded(old_logprobs, rows)
-        stats["sampler_gap"] += ((old - padded(sampler_logprobs, rows)).abs() * mask).sum().item() / num_tokens
+        stats["sampler_gap"] += ((old - padded(sampler_logprobs, rows)).abs() * mask).sum() / num_tokens
         loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, padded(advantages, rows), mask, num_tokens,
                                 config)
         loss.backward()
         stats.update(parts)
     for param in policy.parameters():
         sum_over_processes(param.grad)
-    values = torch.tensor(list(stats.values()), dtype=torch.float64, device=device)
-    stats = dict(zip(stats, sum_over_processes(values).tolist()))
+    stats = dict(zip(stats, sum_over_processes(torch.stack(list(stats.values())).double()).tolist()))
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
     if not math.isfinite(grad_norm + stats["loss"]):
         sys.exit(f"error: loss {stats['loss']}, gradient norm {grad_norm}: this update was not made, and the last "

@@ -109,7 +109,7 @@ def value_loss(values, old_values, returns, mask, num_tokens, clip):
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     error, clipped_error = (values - returns).square(), (clipped - returns).square()
     loss = 0.5 * (torch.max(error, clipped_error) * mask).sum() / num_tokens
-    return loss, {"value_loss": loss.item(), "value": float((values.detach() * mask).sum() / num_tokens)}
+    return loss, {"value_loss": loss.detach(), "value": (values.detach() * mask).sum() / num_tokens}
 
 
 def update_critic(critic, optimizer, prompts, responses, old_values, returns, config, clip) -> dict:
@@ -127,7 +127,7 @@ def update_critic(critic, optimizer, prompts, responses, old_values, returns, co
     torch.nn.utils.clip_grad_norm_(critic.parameters(), config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
-    return {name: float(rl.sum_over_processes(torch.tensor(value, device=device))) for name, value in stats.items()}
+    return {name: float(rl.sum_over_processes(value)) for name, value in stats.items()}
 
 
 def main(argv=None) -> None:
