@@ -94,13 +94,13 @@ def draw_bars(axis, runs) -> None:
 
 def draw(groups, output) -> None:
     """groups: {label: [runs that differ in the seed]} -> a picture, PNG or SVG by its name."""
+    runs = {label: [read_run(run) for run in paths] for label, paths in groups.items()}
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
         rl.fail("labs/plot.py needs matplotlib, an optional extra: pip install matplotlib")
-    runs = {label: [read_run(run) for run in paths] for label, paths in groups.items()}
     plt.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.3, "lines.linewidth": 2.5, "svg.fonttype": "none"})
     figure = plt.figure(figsize=(20, 13), layout="constrained")
