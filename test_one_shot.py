@@ -494,7 +494,8 @@ def slow_loss(logprobs, old, ref, entropy, advantages, mask, config):
 
 
 @pytest.mark.parametrize("settings", [{}, {"pg_coef": 0.0}, {"kl_coef": 0.7, "kl_estimator": "k1"}, {"kl_coef": 0.7, "kl_estimator": "k2"},
-                                      {"kl_coef": 0.7, "entropy_coef": 0.3}, {"clip_eps": 0.05}, {"loss_agg": "sequence"}])
+                                      {"kl_coef": 0.7, "entropy_coef": 0.3}, {"clip_eps": 0.05}, {"loss_agg": "sequence"},
+                                      {"loss_agg": "sequence", "prompts_per_step": 2, "updates_per_batch": 2}])
 def test_loss_equals_the_slow_loop_with_gradients(settings):
     config = rl.Config(**{"prompts_per_step": 1, "group_size": 5, **settings})
     inputs = loss_inputs()
@@ -841,6 +842,7 @@ def test_offloaded_optimizer_makes_the_same_update(folder, tmp_path, easy_reward
 
 def test_the_commands_as_a_user_types_them(folder, tmp_path):
     """Train, Ctrl-C in the middle, --resume, evaluate: in processes of their own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)            # where pytest runs in the background, Ctrl-C is ignored, and so in its children
     def start(*command):
         return subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "HF_HUB_OFFLINE": "1"})
