@@ -632,6 +632,14 @@ def test_packing_never_changes_the_gradient(model, monkeypatch, loss_agg):
         assert split_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
 
 
+def test_gradient_is_clipped_to_its_norm(model, monkeypatch):
+    whole, stats = gradient_of_update(model, rl.Config(grad_clip=1e9, kl_coef=0.0), monkeypatch)
+    assert stats["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-5)
+    clip = stats["grad_norm"] / 3
+    clipped, clipped_stats = gradient_of_update(model, rl.Config(grad_clip=clip, kl_coef=0.0), monkeypatch)
+    assert torch.allclose(clipped, whole / 3, rtol=1e-4, atol=1e-8) and clipped_stats["grad_norm"] == stats["grad_norm"]
+
+
 def test_micro_batches_keep_the_budget_and_every_row():
     rng = random.Random(0)
     for _ in range(50):
