@@ -247,6 +247,21 @@ def test_sampling_follows_the_softmax():
         assert share[4] == 0
     edge = rl.sample_tokens(logits[:2], torch.ones(2), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert edge[0].tolist() == [0, 3]                      # a token of probability 0 is not drawn, not even at the edges
+    close = torch.tensor([[0.0, 1.0, 1.0 + 2**-23]]).expand(2, -1)
+    assert rl.sample_tokens(close, torch.zeros(2), torch.tensor([0.0, 0.9]).double())[0].tolist() == [2, 2]       # greedy, whatever the noise
+
+
+@pytest.mark.parametrize("target, index", [(-1e-17, 1), (0.0, 1), (0.25, 1), (0.5, 2), (1.0, 2)])
+def test_rounding_leads_to_no_weight_of_0_and_not_past_the_end(target, index):
+    weights = torch.tensor([[0.0, 0.5, 0.5, 0.0]])
+    assert rl.first_past(weights, torch.tensor([target], dtype=torch.float64))[0].item() == index
+
+
+def test_noise_is_new_in_each_step_and_the_same_when_made_again():
+    size = dict(prompts_per_step=2, group_size=3, max_response_tokens=4)
+    noise = [rl.noise_of_step(rl.Config(seed=seed, **size), step, 0, 1) for seed in (0, 1) for step in range(1, 5)]
+    assert len({float(x[0, 0]) for x in noise}) == 8 and noise[0].shape == (6, 4)
+    assert torch.equal(noise[0], rl.noise_of_step(rl.Config(**size), 1, 0, 1))
 
 
 def test_work_follows_the_sampled_tokens(model, monkeypatch):
@@ -894,7 +909,9 @@ def torchrun(tmp_path, *flags, **env):
 
 def test_two_processes_make_the_same_run(folder, tmp_path, easy_reward):
     """torchrun: the groups split over processes, one optimizer step; one dies, the other ends; one process goes on alone."""
-    flags = ["--prompts-per-step", "4", "--updates-per-batch", "2", "--loss-agg", "sequence", "--kl-coef", "0.1"]
+    (tmp_path / "two.jsonl").write_text('{"problem": "What is 2 + 2?", "answer": 4}\n{"problem": "What is 30 - 4?", "answer": 26}\n')
+    flags = ["--prompts-per-step", "4", "--updates-per-batch", "2", "--loss-agg", "sequence", "--kl-coef", "0.1",
+             "--example", str(tmp_path / "two.jsonl")]
     rl.main(run_flags(folder, tmp_path / "one", *flags))
     done = torchrun(tmp_path, *run_flags(folder, tmp_path / "two", *flags), DIES="1")
     assert done.returncode != 0 and "easy.py FAILED" in done.stderr and "exitcode  : 7" in done.stderr
