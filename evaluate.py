@@ -29,6 +29,7 @@ GPU it often does), and where two tokens are that close the response goes anothe
 """
 import argparse
 import functools
+import json
 import math
 import operator
 import re
@@ -43,9 +44,10 @@ import torch
 from tqdm import tqdm
 
 from labs import tiny
-from one_shot_rlvr import (EVAL_SYSTEM, TINY_BASE, Config, append_rows, atomically, describe_prompt, encode_prompt,
-                           equivalent, extract_boxed, fail, find_stop_ids, generate_each, has_box, is_correct,
-                           keep_rows, load_model, make_folder, read_json, read_jsonl, read_log, write_json)
+from one_shot_rlvr import (EVAL_SYSTEM, TINY_BASE, Config, append_rows, as_a_command, atomically, check_window, claim,
+                           describe_prompt, encode_prompt, equivalent, extract_boxed, fail, find_stop_ids,
+                           generate_each, has_box, is_correct, keep_rows, load_model, make_folder, make_tiny_base,
+                           read_json, read_jsonl, read_log, write_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,11 +81,11 @@ def problem_and_answer(row) -> dict:
     Raises KeyError, TypeError or IndexError where a row has no problem or no answer.
     """
     context = f"{row['context']}\n" if row.get("context") else ""
-    answer = row["answer"] if "answer" in row else row["final_answer"][0] if "final_answer" in row \
+    answer = row["answer"] if "answer" in row else row["final_answer"][0] if isinstance(row.get("final_answer"), list) \
         else extract_boxed(row["solution"])
-    if answer is None:
-        raise KeyError("answer")
-    extra = {key: row[key] for key in ("subject", "level") if key in row}
+    if not isinstance(answer, str | int | float):
+        raise TypeError("no answer to compare with")
+    extra = {key: str(row[key]) for key in ("subject", "level") if key in row}
     return {"problem": context + (row.get("question") or row["problem"]), "answer": str(answer), **extra}
 
 
@@ -165,21 +167,18 @@ def tasks_left(model, tokenizer, benchmarks, done, k, temperature, max_response_
     free while the last long ones of the hard benchmarks are still running.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    asked = {(row["benchmark"], row["number"], row["sample"]): (row["problem"], row["answer"]) for row in done}
+    made = {(row["benchmark"], row["number"], row["sample"]) for row in done}
     for name in reversed(benchmarks):
         n_samples, its_temperature = protocol(name, k, temperature)
         for number, problem in enumerate(benchmarks[name]):
             prompt = encode_prompt(tokenizer, problem["problem"], EVAL_SYSTEM)
             for sample in range(n_samples):
-                before = asked.get((name, number, sample))
-                if before is None:
+                if (name, number, sample) not in made:
                     row = {"benchmark": name, "number": number, "sample": sample, "temperature": its_temperature,
                            **problem}
                     draw = np.random.default_rng([seed, zlib.crc32(name.encode()), number, sample])
                     noise = draw.random(max_response_tokens) if its_temperature else np.zeros(max_response_tokens)
                     yield row, prompt, min(max_response_tokens, context - len(prompt)), its_temperature, noise
-                elif before != (problem["problem"], problem["answer"]):
-                    fail(f"{name}, problem {number}: it has changed since this evaluation began; name another --output")
 
 
 def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, max_response_tokens=3072, slots=None,
@@ -320,8 +319,8 @@ def print_table(result, by=None) -> None:
 
 def load_evaluation(path) -> tuple:
     """A finished evaluation -> (its JSON, its checked responses)."""
-    result = read_json(path)
-    if not isinstance(result, dict) or result.get("average") is None or path.suffix != ".json":
+    result = read_json(path, "model", "settings", "benchmarks", "average")
+    if result["average"] is None or path.suffix != ".json":
         fail(f"{path}: not the .json of a finished evaluation")
     return result, list(read_jsonl(path.with_suffix(".jsonl")).values())
 
@@ -352,7 +351,7 @@ def compare(path_a, path_b, by="subject", verdict="correct") -> None:
     lines, whole = [], []
     of_name_a, of_name_b = group_by(rows_a, "benchmark"), group_by(rows_b, "benchmark")
     for name in result_a["benchmarks"]:
-        a, b = of_name_a[name], of_name_b.get(name, [])
+        a, b = of_name_a.get(name, []), of_name_b.get(name, [])
         if set(by_problem(a)) & set(by_problem(b)):
             whole.append(difference(a, b, verdict))
             lines.append((name, whole[-1]))
@@ -383,15 +382,22 @@ def say_once(text) -> None:
     print(text, flush=True)
 
 
-def refuse_other_evaluation(saved, model_name, settings, output) -> None:
-    """What lies at `output` is gone on with only if it has these settings, and the model's weights are not newer."""
-    before = {**saved["settings"], "model": saved["model"]}
-    for key, value in {"model": model_name, **settings}.items():
+def crc_of_weights(model_name) -> int:
+    """Of the first 16 MB of each file of weights in a model's folder: other weights under the same name are noticed."""
+    crc = 0
+    for path in sorted(path for ending in ("safetensors", "bin") for path in Path(model_name).glob(f"*.{ending}")):
+        with open(path, "rb") as file:
+            crc = zlib.crc32(file.read(2**24), crc)
+    return crc
+
+
+def refuse_other_evaluation(saved, header, output) -> None:
+    """What lies at `output` is gone on with only if model, weights and settings are the same."""
+    flat = lambda row: {"model": row["model"], "weights_crc32": row["weights_crc32"], **row["settings"]}
+    before = flat(saved)
+    for key, value in flat(header).items():
         if before.get(key) != value:
             fail(f"{output} holds an evaluation with {key} {before.get(key)}, not {value}; name another --output")
-    weights = [path.stat().st_mtime for path in Path(model_name).glob("*.safetensors")]
-    if max(weights, default=0) > output.stat().st_mtime:
-        fail(f"{output} holds an evaluation of older weights than {model_name} has now; name another --output")
 
 
 def as_lenient(result) -> dict:
@@ -404,36 +410,35 @@ def as_lenient(result) -> dict:
     return {**result, "benchmarks": benchmarks, "average": result["average_lenient"]}
 
 
-def evaluate_to_file(model_name, output, names, settings, data_dir=None, slots=None, cuda_graph=True,
-                     lenient=False) -> dict:
+def evaluate_to_file(model_name, output, benchmarks, settings, slots=None, cuda_graph=True, lenient=False) -> dict:
     """An evaluation with its files, OUTPUT.json and the responses in OUTPUT.jsonl; goes on with one that was stopped.
 
     The .json is there from the start, without results: it says with which settings the responses are sampled. `lenient`
     puts the lenient figures in the place of the strict ones in what is returned, not in the file.
     """
-    responses_path, saved = output.with_suffix(".jsonl"), None
+    make_tiny_base(model_name)
+    header = {"model": model_name, "weights_crc32": crc_of_weights(model_name), "settings": settings}
+    responses_path, result = output.with_suffix(".jsonl"), {"average": None}
     if output.exists():
-        saved = read_json(output)
-        refuse_other_evaluation(saved, model_name, settings, output)
+        result = read_json(output, *header, "benchmarks", "average")
+        refuse_other_evaluation(result, header, output)
     elif responses_path.exists():
         fail(f"{responses_path} holds responses, but {output} with their settings is gone; name another --output")
-    if saved and saved["average"] is not None:
+    if result["average"] is not None:
         print(f"{output} holds this evaluation already")
-        result = saved
-    else:
-        benchmarks = load_benchmarks(names, data_dir, settings["limit"])
-        model, tokenizer = load_model(model_name, getattr(torch, settings["dtype"]))
-        stop_ids = find_stop_ids(tokenizer, model.generation_config)
-        first = encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], EVAL_SYSTEM)
-        say_once(f"first prompt:\n{describe_prompt(tokenizer, first, stop_ids)}")
-        make_folder(output.parent, "--output")
-        if not saved:
-            write_json(output, {"model": model_name, "settings": settings, "benchmarks": {}, "average": None})
+        return as_lenient(result) if lenient else result
+    model, tokenizer = load_model(model_name, getattr(torch, settings["dtype"]))
+    first = encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], EVAL_SYSTEM)
+    check_window(model, len(first) + settings["max_response_tokens"])
+    say_once(f"first prompt:\n{describe_prompt(tokenizer, first, find_stop_ids(tokenizer, model.generation_config))}")
+    make_folder(output.parent, "--output")
+    if not output.exists():
+        write_json(output, {**header, "benchmarks": {}, "average": None})
+    with claim(output):
         options = {key: settings[key] for key in ("k", "temperature", "max_response_tokens", "seed")}
         rows, speed = sample_and_check(model, tokenizer, benchmarks, **options, slots=slots, cuda_graph=cuda_graph,
                                        responses_path=responses_path)
-        result = {"model": model_name, "settings": settings, **measure_all(rows, benchmarks),
-                  "tokens_per_second": speed}
+        result = {**header, **measure_all(rows, benchmarks), "tokens_per_second": speed}
         write_json(output, result)
     return as_lenient(result) if lenient else result
 
@@ -444,11 +449,14 @@ def curve(run, output, evaluate_step) -> None:
     evaluate_step(model, its .json) -> result. The reward is that of the step's own rollouts, the last ones before its
     weights; at step 0 that of the first ones, which are the base model's own.
     """
+    if not all("average" in row for row in read_log(output)):
+        fail(f"--output {output}: it holds something else than a curve; name another")
+    make_folder(output.parent, "--output")
     rewards = {row["step"]: row["reward"] for row in read_log(run / "metrics.jsonl") if "reward" in row}
     name = "eval.json" if output == run / "curve.jsonl" else f"{output.stem}.json"
     models = {int(folder.name[5:]): (str(folder), folder / name) for folder in sorted(run.glob("step-*"))
-              if folder.name[5:].isdigit()}
-    models = {0: (read_json(run / "config.json")["model"], run / f"base-{name}"), **models}
+              if folder.name[5:].isdecimal()}
+    models = {0: (read_json(run / "config.json", "model")["model"], run / f"base-{name}"), **models}
     rows = []
     for step, (model_name, step_output) in models.items():
         result = evaluate_step(model_name, step_output)
@@ -488,8 +496,8 @@ def parse_args(argv=None):
                         ".jsonl (default: curve.jsonl in the run)")
     args = parser.parse_args(argv)
     for name, lowest in {"limit": 1, "k": 1, "max_response_tokens": 1, "slots": 1, "seed": 0}.items():
-        if getattr(args, name) is not None and getattr(args, name) < lowest:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: use {lowest} or more")
+        if getattr(args, name) is not None and not lowest <= getattr(args, name) <= 10**9:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: use {lowest} or more, and at most 10^9")
     if args.temperature is not None and not 0 <= args.temperature < math.inf:
         fail(f"--temperature {args.temperature}: use 0 (greedy) or more")
     return args
@@ -500,16 +508,18 @@ def main(argv=None) -> None:
     if args.compare:
         return compare(*args.compare, args.by or "subject", "correct_lenient" if args.lenient else "correct")
 
-    preset = args.preset or (read_json(args.run / "config.json")["preset"] if args.run else "paper")
+    preset = args.preset or (read_json(args.run / "config.json", "preset")["preset"] if args.run else "paper")
     names = args.benchmarks or list(tiny.BENCHMARKS if preset == "tiny" else BENCHMARKS)
     for name in names:
         k, temperature = protocol(Path(name).stem, args.k, args.temperature)
         if k > 1 and temperature == 0:
             fail(f"--k {k} for {name}: greedy, all its samples would be the same; add --temperature 0.6")
-    settings = dict(benchmarks=[Path(name).stem for name in names], limit=args.limit, k=args.k, seed=args.seed,
+    benchmarks = load_benchmarks(names, args.data_dir, args.limit)
+    settings = dict(benchmarks=list(benchmarks), limit=args.limit, k=args.k, seed=args.seed,
                     temperature=args.temperature, max_response_tokens=args.max_response_tokens or
                     (tiny.MAX_RESPONSE_TOKENS if preset == "tiny" else Config().max_response_tokens),
-                    dtype="bfloat16" if torch.cuda.is_available() else "float32")
+                    dtype="bfloat16" if torch.cuda.is_available() else "float32",
+                    problems_crc32=zlib.crc32(json.dumps(benchmarks).encode()))
     model_name = args.model or (TINY_BASE if preset == "tiny" else Config().model)
     output = args.output or (args.run / "curve.jsonl" if args.run else Path(model_name, "eval.json")
                              if Path(model_name).is_dir() or model_name == TINY_BASE
@@ -519,8 +529,8 @@ def main(argv=None) -> None:
     responses_path = output.with_suffix(".jsonl")
     if any(Path(name).resolve() == responses_path.resolve() for name in names):
         fail(f"--output {output}: the responses would go into the benchmark {responses_path}; name another")
-    run_one = functools.partial(evaluate_to_file, names=names, settings=settings, data_dir=args.data_dir,
-                                slots=args.slots, cuda_graph=args.cuda_graph, lenient=args.lenient)
+    run_one = functools.partial(evaluate_to_file, benchmarks=benchmarks, settings=settings, slots=args.slots,
+                                cuda_graph=args.cuda_graph, lenient=args.lenient)
     try:
         if args.run:
             return curve(args.run, output, run_one)
@@ -537,4 +547,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_a_command(main)

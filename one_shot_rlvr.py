@@ -66,9 +66,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 try:
+    import fcntl
     import resource
-except ImportError:             # Windows: peak memory is not shown there
-    resource = None
+except ImportError:             # Windows: there two writers are not kept apart, and peak memory is not shown
+    fcntl = resource = None
 
 HERE = Path(__file__).resolve().parent
 
@@ -147,6 +148,21 @@ def fail(sentence):
     sys.exit(2)
 
 
+def first_line(error) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def as_a_command(main) -> None:
+    """Run the main() of a script: Ctrl-C, a full disk and a file that cannot be written end it without a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped")
+        sys.exit(130)
+    except OSError as error:
+        fail(f"{error}; what was written before is whole")
+
+
 def parse_args(argv=None) -> Config:
     """The command line as a Config: the preset, or with --resume the saved run's settings; flags given win."""
     argv = sys.argv[1:] if argv is None else argv
@@ -186,12 +202,14 @@ def check(config: Config) -> None:
     lowest = {"group_size": 2, "eval_every": 0, "seed": 0}              # a group of one has no spread to learn from
     for f in fields(config):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        if f.type is int and value < lowest.get(f.name, 1):
-            fail(f"{flag} {value}: use {lowest.get(f.name, 1)} or more")
+        if f.type is int and not lowest.get(f.name, 1) <= value <= 10**9:
+            fail(f"{flag} {value}: use {lowest.get(f.name, 1)} or more, and at most 10^9")
         if f.name in ("temperature", "learning_rate", "grad_clip", "clip_eps") and not value > 0:
             fail(f"{flag} {value}: use a number above 0")
-        if f.type is float and not math.isfinite(value) and f.name != "grad_clip":          # inf: do not clip
-            fail(f"{flag} {value}: use a finite number")
+        if f.type is float and not abs(value) <= 1e9 and f.name != "grad_clip":             # inf: do not clip
+            fail(f"{flag} {value}: use a number below 10^9")
+    if config.weight_decay < 0:
+        fail(f"--weight-decay {config.weight_decay}: use 0 or more")
     if bool(config.eval_every) != bool(config.eval):
         fail(f"--eval-every {config.eval_every} and --eval {' '.join(config.eval)} need each other")
 
@@ -205,9 +223,9 @@ TEMPLATE_DATE = "26 Jul 2024"           # Llama-3.2's template writes a date, by
 EVAL_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
-def read_text(path) -> str:
+def read_text(path, errors="strict") -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig", errors=errors)        # some editors begin a file with a mark
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error})")
 
@@ -215,12 +233,17 @@ def read_text(path) -> str:
 def parse_json(text, place):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"{place}: not JSON ({error})")
 
 
-def read_json(path):
-    return parse_json(read_text(path), path)
+def read_json(path, *keys):
+    """A JSON file; with keys it must be an object that has them."""
+    value = parse_json(read_text(path), path)
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            fail(f"{path}: it has no {key!r}, so it is another kind of file than is wanted here")
+    return value
 
 
 def read_jsonl(path) -> dict:
@@ -233,10 +256,11 @@ def read_jsonl(path) -> dict:
 def read_log(path) -> list:
     """The rows of a .jsonl file that a program is, or was, writing; a last line that is cut short is left out."""
     rows = []
-    for line in read_text(path).split("\n") if Path(path).exists() else []:
+    # replace: a kill or a full disk can cut a line within a letter
+    for line in read_text(path, errors="replace").split("\n") if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def load_examples(names, answer="") -> list:
@@ -259,10 +283,11 @@ def load_examples(names, answer="") -> list:
         elif "problem" in rows:
             rows = {1: rows}                                                    # a file with a single example
         for key, row in rows.items():
-            if not (isinstance(row, dict) and row.get("problem") and "answer" in row):
-                fail(f'--example {name}, row {key}: it needs "problem" and "answer"')
+            if not (isinstance(row, dict) and isinstance(row.get("problem"), str) and row["problem"]
+                    and isinstance(row.get("answer"), str | int | float)):
+                fail(f'--example {name}, row {key}: it needs "problem", a text, and "answer", a text or a number')
             own = name if name in named else Path(name).stem + f"-{key}" * (len(rows) > 1)
-            examples.append({"name": str(row.get("name", own)), "problem": str(row["problem"]),
+            examples.append({"name": str(row.get("name", own)), "problem": row["problem"],
                              "answer": answer or str(row["answer"])})
     counts = Counter(example["name"] for example in examples)
     if twice := [name for name, count in counts.items() if count > 1]:
@@ -772,20 +797,30 @@ def gather_groups(rollouts, group_size) -> list:
 # 8. Models and files: what a long run needs
 # ----------------------------------------------------------------------------------------------------------------------
 
-def load_model(name, dtype=torch.float32):
-    """Model and tokenizer of a Hugging Face id or folder, on the GPU if there is one; the tiny base is built first."""
-    if name == TINY_BASE and not Path(name).exists() and os.environ.get("RANK", "0") == "0":
+def make_tiny_base(name) -> None:
+    """The tiny world's base model is no download: it is built where it is first asked for."""
+    if name == TINY_BASE and not Path(name).exists():
         from labs import tiny
         tiny.build_base(name)
+
+
+def load_model(name, dtype=torch.float32):
+    """Model and tokenizer of a Hugging Face id or folder, on the GPU if there is one; the tiny base is built first."""
+    if os.environ.get("RANK", "0") == "0":
+        make_tiny_base(name)
     if dist.is_initialized():
         dist.barrier()
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(f"--model {name}: neither a model folder nor to be loaded from the hub ({reason})")
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa",
+                                                             output_loading_info=True)
+    except Exception as error:              # a folder can be broken in a dozen ways, each with an exception of its own
+        fail(f"--model {name}: cannot be loaded, neither as a folder nor from the hub ({first_line(error)})")
+    if report["missing_keys"]:
+        fail(f"--model {name}: its files lack {min(report['missing_keys'])}; the weights would be random")
+    if not tokenizer("1").input_ids:
+        fail(f"--model {name}: its tokenizer reads nothing; are the tokenizer's files there?")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -808,21 +843,22 @@ def frozen_copy(model, bf16, like_autocast=False):
     return twin
 
 
-def check_model(model, prompt, length) -> None:
-    """Refuse a model whose sampler and scorer would be two models.
-
-    One that does more to its logits than the head, which token_logprobs does not know, or one whose layers see only a
-    window of a sequence of `length` tokens, which the sampler's mask does not know.
-    """
-    config, name = model.config.get_text_config(), model.config._name_or_path
+def check_window(model, length) -> None:
+    """Refuse a model whose layers see only a window of `length` tokens: the sampler's mask shows them all."""
+    config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if window and window < length and "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"]):
-        fail(f"--model {name}: its layers see only the last {window} of {length} tokens, which is not sampled here")
+        fail(f"--model {model.config._name_or_path}: its layers see only the last {window} of {length} tokens, which "
+             "this sampler cannot do")
+
+
+def check_head(model, prompt) -> None:
+    """Refuse a model that does more to its logits than the head does: token_logprobs would score another model."""
     ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         if not torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
-            fail(f"--model {name}: it caps or scales its logits, which this script does not know")
+            fail(f"--model {model.config._name_or_path}: it caps or scales its logits, which this script does not know")
 
 
 def recompute_layers(model) -> None:
@@ -842,6 +878,19 @@ def copy_weights(sources, targets) -> None:
         for source, target in zip(sources, targets):
             if source is not target:
                 target.copy_(source)
+
+
+def claim(path):
+    """Open a file that nobody else can claim until it is closed: two writers in one folder would mix their rows."""
+    file = open(path, "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{path} is in use by another process; wait until it has ended, or stop it")
+    except OSError:
+        pass                    # this file system has no locks
+    return file
 
 
 @contextlib.contextmanager
@@ -906,16 +955,24 @@ def save_checkpoint(run_dir, step, policy, optimizer) -> None:
 
 def load_checkpoint(run_dir, policy, optimizer) -> int:
     """The step of the checkpoint, whose weights and optimizer state are loaded; 0 if there is none yet."""
-    if not (run_dir / "latest" / "state.pt").exists():
+    path = run_dir / "latest" / "state.pt"
+    if not path.exists():
+        if any(run_dir.glob("step-*")):         # a step's folder comes after its checkpoint
+            fail(f"--resume: {path} is gone, and without it the run would begin again and overwrite its steps")
         return 0
-    # mmap: eight processes would otherwise hold eight copies in host memory
-    state = torch.load(run_dir / "latest" / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    policy.load_state_dict(state["policy"])
     # the moments are the checkpoint's; rate and weight decay are the settings', which flags may have changed
     settings = {key: optimizer.param_groups[0][key] for key in ("lr", "weight_decay")}
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        # mmap: eight processes would otherwise hold eight copies in host memory
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    except Exception as error:                  # torch names a damaged file in many ways
+        fail(f"--resume: {path} is damaged, or of another model ({first_line(error)}); train on from the last "
+             "step's folder by --model, in another --output-dir")
     optimizer.param_groups[0].update(settings)
-    return state["step"]
+    return step
 
 
 @contextlib.contextmanager
@@ -1040,9 +1097,8 @@ def describe_rollouts(chosen, rewards, advantages, responses, texts, stop_ids) -
 
 
 def set_up_files(run_dir, config, done, **facts) -> list:
-    """Make the run's folder, drop the rows of steps that will be made again -> the rows of metrics.jsonl that stay."""
-    make_folder(run_dir, "--output-dir")
-    until_checkpoint = lambda row: row["step"] <= done
+    """Write config.json, drop the rows of steps that will be made again -> the rows of metrics.jsonl that stay."""
+    until_checkpoint = lambda row: row.get("step", math.inf) <= done
     keep_rows(run_dir / "samples.jsonl", until_checkpoint)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     write_json(run_dir / "config.json", {**asdict(config), **facts, "versions": versions})
@@ -1079,7 +1135,8 @@ def main(argv=None) -> None:
     stop_ids = find_stop_ids(tokenizer, policy.generation_config)
     if not stop_ids:
         fail(f"--model {config.model}: neither tokenizer nor configuration names a token that ends a response")
-    check_model(policy, examples[0]["prompt"], config.max_prompt_tokens + config.max_response_tokens)
+    check_window(policy, config.max_prompt_tokens + config.max_response_tokens)
+    check_head(policy, examples[0]["prompt"])
     ref_policy = frozen_copy(policy, bf16, like_autocast=True) if config.kl_coef else None
     sampler = frozen_copy(policy, bf16) if bf16 else policy
     masters = list(policy.parameters())
@@ -1089,11 +1146,16 @@ def main(argv=None) -> None:
     if config.activation_checkpointing:
         recompute_layers(policy)                # after the copies, which would share its layers
 
+    make_folder(run_dir, "--output-dir")
+    lock = claim(run_dir / "lock") if rank == 0 else None
     done = load_checkpoint(run_dir, policy, optimizer) if config.resume else 0
     copy_weights(policy.parameters(), masters)          # the checkpoint is the policy's; AdamW's copies follow
     copy_weights(policy.parameters(), sampler.parameters())
+    to_be_saved = lambda step: step % config.save_every == 0 or step == config.steps
     phase, started, resumed_at = "evaluating", time.time(), done
     if rank == 0:
+        if done and to_be_saved(done) and not (run_dir / f"step-{done:06d}").exists():
+            save_model(run_dir / f"step-{done:06d}", sampler, tokenizer)        # the run was killed just before
         logged = set_up_files(run_dir, config, done, prompt=tokenizer.decode(examples[0]["prompt"]), stop_ids=stop_ids,
                               device=str(device), processes=num_processes)
         introduce(config, examples, tokenizer, stop_ids, f"{num_processes} x {device}")
@@ -1133,9 +1195,10 @@ def main(argv=None) -> None:
                         "sample_seconds": updating_from - sampling_from, "update_seconds": now - updating_from,
                         "eta_seconds": (now - started) / (step - resumed_at) * (config.steps - step),
                         "memory_gb": peak_memory_gb(device)}, rollouts)
-                    if step % config.save_every == 0 or step == config.steps:
-                        save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)       # on CUDA bf16: half the disk
+                    if to_be_saved(step):
+                        # in this order: a step whose folder is there is never made again
                         save_checkpoint(run_dir, step, policy, optimizer)
+                        save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)       # on CUDA bf16: half the disk
             phase = "evaluating"
             if rank == 0:
                 evaluate_if_due(config, step, sampler, tokenizer, benchmarks, run_dir)
@@ -1143,12 +1206,15 @@ def main(argv=None) -> None:
         if rank == 0:
             save_checkpoint(run_dir, done, policy, optimizer)
         print(f"\nstopped after step {done}, which is saved; go on with\n"
-              f"    python one_shot_rlvr.py --output-dir {run_dir} --resume")
+              f"    python {sys.argv[0]} --output-dir {run_dir} --resume")
         sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit(f"error: out of GPU memory while {phase}, after step {done}; the last checkpoint is whole. Sampling "
                  "needs less with a lower --slots, updating with a lower --token-budget, --activation-checkpointing "
                  "or --offload-optimizer; then --resume")
+    finally:
+        if rank == 0:
+            lock.close()
     final = run_dir / f"step-{config.steps:06d}"
     print(f"done: {final} is a Hugging Face model folder; measure it with\n    python evaluate.py --model {final}")
 
@@ -1260,7 +1326,8 @@ def equivalent(given, gold, rel_tol=0) -> bool:
 
 # Words that make a \text{...} part of the answer and no unit: "4 \text{ or 5}" is not 4, "5 \text{ million}" is not 5.
 NOT_A_UNIT = (r"or|and|if|to|not|nor|but|no|is|are|than|mod\w*|base|pi|plus|minus|times|over|squared|cubed|half|halves|"
-              r"thirds?|dozen|hundreds?|thousands?|[mbtr]+illions?|factorial|choose|negative|infinity")
+              r"thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|dozen|tens?|hundreds?|thousands?|"
+              r"[mbtr]+illions?|k|bn|mil|lakh|point \w+|doubled|factorial|choose|negative|infinity")
 UNIT = (r"(?:square |cubic )?(?:mph|[ckm]m|kg|f(?:ee|oo)?t|inch(?:es)?|\w*met(?:er|re)s?|units?|miles?(?: per hour)?|"
         r"degrees?|dollars?|cents?|percent|hours?|minutes?|seconds?|days?|years?)")
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "·": "*", "×": r"\times ", "π": r"\pi ", "√": r"\sqrt",
@@ -1271,7 +1338,8 @@ NORMALIZATIONS = [(re.compile(pattern, re.ASCII), replacement) for pattern, repl
     # dollars and math delimiters; \left and the other commands that only change the look
     (r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?", ""),
     # every upright font is \text, but an upright i or e is still the number, and \text{(C)} is the choice C
-    (r"\\(?:mbox|mathrm|mathbf|mathit|text[a-z]{2}|operatorname|boldsymbol)(?![A-Za-z]) *|\\text +(?=\{)", r"\\text"),
+    (r"\\(?:unit|mbox|mathrm|mathbf|mathit|text[a-z]{2}|operatorname|boldsymbol)(?![A-Za-z]) *|\\text +(?=\{)",
+     r"\\text"),
     (r"\\text\{ *([ie]) *\}|^ *\\text\{ *\(? *([A-Z]) *\)? *\}[ .]*$", r"\1\2"),
     # thousands: 1{,}234 and 1,\!234 anywhere, 1,234 only as the whole answer, because (1,234) and 2,4 are lists
     (r"(?<=[0-9])(?:\{,\}|, *\\!|\\,) *(?=[0-9]{3}(?![0-9]))", ""),
@@ -1281,8 +1349,9 @@ NORMALIZATIONS = [(re.compile(pattern, re.ASCII), replacement) for pattern, repl
     (r"\\text\{ *,? *(?:and|or) *\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|;", ","), (r", ?,", ","),
     (r"\\([lg])eq?(?:slant)?(?![A-Za-z])", r"\\\1e "),
     # percent and degrees are dropped, units are marked: 12\% is 12 and 4 cm is 4, but 4 cm is not 4 km
-    (r"\\?%| ?\^ ?\{? ?\\circ ?\}?|\\degree ?", ""), (rf"(?<=[0-9)}}]) ?({UNIT})(?![A-Za-z])", r"\\text{\1}"),
-    (rf"(?<=[0-9)}}i]) ?\\text\{{(?![^{{}}]*\b(?:{NOT_A_UNIT})\b) *([A-Za-z][A-Za-z ./]*)\}}(?: ?\^ ?\{{?-?[0-9]\}}?)?"
+    (r"(?:\\?%| ?\^ ?\{? ?\\circ ?\}?|\\degree)(?! ?[0-9]) ?", ""),
+    (rf"(?<=[0-9)}}]) ?({UNIT})(?![A-Za-z])", r"\\text{\1}"),
+    (rf"(?<=[0-9)}}i]) ?\\text\{{(?![^{{}}]*\b(?i:{NOT_A_UNIT})\b) *([A-Za-z][A-Za-z ./]*)\}}(?: ?\^ ?\{{?-?[0-9]\}}?)?"
      r"(?= ?(?:$|[,)\]\\&.]))", r"\\unit{\1}"),
     # fractions, roots, accents and powers with exactly the braces they need: \dfrac12, \sqrt2, x^{2}
     (r"\\[dtc]frac", r"\\frac"), (r"\\(frac|sqrt|d?dot|hat|bar|vec) ?([A-Za-z0-9])", r"\\\1{\2}"),
@@ -1291,8 +1360,9 @@ NORMALIZATIONS = [(re.compile(pattern, re.ASCII), replacement) for pattern, repl
     # other spaces, but for one that ends a command (\pi r) or parts two numbers (4 5 is not 45); a full stop
     (r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ", r"\1"), (r"(?<!\.)\.$", ""),
 ]]
-# What may stand in front of a value: x=, f(x)=, V_{max}=, (x,y)=, \text{Area}=, x\in
-NAME = re.compile(r"^(?:\([A-Za-z](?:,[A-Za-z])+\)|(?:\\text\{[^{}]*\}|\\[A-Za-z]+ ?|[A-Za-z])"
+# What may stand in front of a value: x=, f(x)=, V_{max}=, (x,y)=, \text{Area}=, x\in; but \not= is no name
+NAME = re.compile(r"^(?!\\n(?:eg?|ot)(?![A-Za-z])|\\text\{ *(?i:not)\b)"
+                  r"(?:\([A-Za-z](?:,[A-Za-z])+\)|(?:\\text\{[^{}]*\}|\\[A-Za-z]+ ?|[A-Za-z])"
                   r"(?:_[A-Za-z0-9]|_\{[^{}]*\})?(?:\([A-Za-z](?:,[A-Za-z])*\))?)(?:=|\\in(?![A-Za-z]))")
 
 
@@ -1423,7 +1493,8 @@ def same_answer(given, gold, rel_tol):
         return all(same_answer(*pair, rel_tol) for pair in zip(given_parts, gold_parts))
     if given.count("=") == gold.count("=") == 1:
         return all(same_answer(*pair, rel_tol) for pair in zip(given.split("="), gold.split("=")))
-    (given, *unit), (gold, *gold_unit) = (re.split(r"\\unit\{(.*)\}$", text)[:2] for text in given_parts + gold_parts)
+    (given, *unit), (gold, *gold_unit) = (re.split(r"\\unit\{([^{}]*)\}$", text)[:2]
+                                          for text in given_parts + gold_parts)
     if unit and gold_unit and unit[0][0] != gold_unit[0][0]:         # cm is centimeters, but neither km nor meters
         return False
     if plain(given) == plain(gold):
@@ -1441,4 +1512,4 @@ def same_value(x, y, rel_tol):
 
 
 if __name__ == "__main__":
-    main()
+    as_a_command(main)

@@ -6,6 +6,7 @@ public implementation the test would have caught.
     pytest
 """
 import copy
+import gc
 import hashlib
 import itertools
 import json
@@ -122,6 +123,13 @@ def test_load_examples_from_files(tmp_path, capsys):
             rl.load_examples(names)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)
+    (tmp_path / "marked.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8-sig")              # as some editors write
+    assert rl.load_examples([str(tmp_path / "marked.jsonl")])[0]["problem"] == "1+1?"
+    for row in ({"problem": "1+1?"}, {"problem": "1+1?", "answer": None}, {"problem": "1+1?", "answer": [2]}, {"problem": 2, "answer": 2}, 5):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(row))
+        with pytest.raises(SystemExit):
+            rl.load_examples([str(tmp_path / "bad.jsonl")])
+        assert "bad.jsonl, row 1" in capsys.readouterr().err
 
 
 CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nDEFAULT<|im_end|>\n{% endif %}"
@@ -155,6 +163,8 @@ def test_stop_ids_are_the_union_of_three_sources():
     assert rl.find_stop_ids(tokenizer, GenerationConfig(eos_token_id=[7, 9])) == sorted({7, 9, end_of_text})
     tokenizer.chat_template = DROPS_SYSTEM
     assert rl.find_stop_ids(tokenizer, GenerationConfig()) == [end_of_text]
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|><|im_start|>\n{% endfor %}")          # opens the next turn
+    assert rl.find_stop_ids(tokenizer, GenerationConfig()) == sorted({end_of_text, im_end})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -325,7 +335,8 @@ CHECKER_RULES = {
         (r"12.8\,\mathrm{mph}", "12.8", True), ("15", r"15\mbox{ cm}^2", True), (r"15 \text{ cm}^2", r"15\mbox{ cm}^2", True),
         (r"864 \text{ in}^2", r"864 \mbox{ inches}^2", True), (r"4 \text{ m}", r"4 \text{ km}", False),
         (r"5 \text{ cm}", r"4 \text{ cm}", False), (r"\text{cm}", "m", False), (r"\text{ cm}", r"4\text{ cm}", False),
-        ("6m", "6", False), ("6m", "6m", True), (r"5 \text{ million}", "5", False), (r"2\mathrm{i}", "2", False),
+        ("6m", "6", False), ("6m", "6m", True), (r"5 \text{ million}", "5", False),
+        (r"5 \text{ paths}", "5", True), (r"5 \text{ months}", "5", True), (r"12^\circ 30", "1230", False), (r"2\mathrm{i}", "2", False),
     ],
     "spaces and commands": [
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", True), ("2n", "$2 n$", True), (r"2\,n", "2n", True),
@@ -383,6 +394,8 @@ HOSTILE = [  # none of these is the answer 4
     "> 4", "4...", "4/", "4^", "4e", "NaN", "nan", "inf", r"\infty", r"-\infty", "\uff14", "\u0664", "4\u00b2", "0_4", "4_0", "1_2", "0x4",
     "print(4)", "__import__('os')", "4 if 1 else 5", "4//1", "4.0000000000000000001", "3.9999999999999999999", "1/0", r"\frac{4}{0}",
     r"\ln 0", "0^{-1}", r"\text{not }4", r"4 \text{ million}", r"4 \text{ (or 5)}", r"4\mathrm{i}", "4x", "4_{10}", r"4\cup 5", "4\\\\5", "4&5", "400", "0.04",
+    r"4\unit{or 5}", r"4\text{ cm}\text{or 5}", r"4\text{ feet}\frac{1}{2}", r"4 feet \approx {5}", r"4\text{ m}\phantom{5}", r"4 \text{ Million}",
+    r"4\text{ Or six}", r"4\text{ k}", r"4\text{ bn}", r"4\text{ fifths}", r"4\text{ point six}", r"\not=4", r"\neg=4", r"\text{Not}=4", "0%4",
     "1" * 100_000, r"\frac{" * 20_000 + "}" * 20_000, "{" * 100_000 + "}" * 100_000, r"\text{a}" * 20_000, "4," * 50_000, " " * 100_000, "(" * 100_000,
 ]
 
@@ -647,6 +660,16 @@ def test_packing_never_changes_the_gradient(model, monkeypatch, loss_agg):
         assert split_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
 
 
+def test_sampler_gap_is_a_mean_distance(model):
+    """Not a mean difference, in which a sampler that is off in both directions would pass for the trainer."""
+    _, _, mask = rl.token_logprobs(model, PROMPTS, RESPONSES, 0.6)
+    logprobs = rl.token_logprobs(model, PROMPTS, RESPONSES, 0.6)[0].detach()
+    sampler = [row[kept] + 0.5 * (-1) ** torch.arange(int(kept.sum())) for row, kept in zip(logprobs, mask)]
+    policy = copy.deepcopy(model)
+    stats = rl.update_policy(policy, None, torch.optim.AdamW(policy.parameters()), PROMPTS, RESPONSES, sampler, torch.zeros(len(PROMPTS)), None, rl.Config())
+    assert stats["sampler_gap"] == pytest.approx(0.5, rel=1e-4)
+
+
 def test_gradient_is_clipped_to_its_norm(model, monkeypatch):
     whole, stats = gradient_of_update(model, rl.Config(grad_clip=1e9, kl_coef=0.0), monkeypatch)
     assert stats["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-5)
@@ -712,7 +735,7 @@ def test_in_bf16_the_kl_starts_at_zero(folder, tmp_path, easy_reward):
 
 
 def test_a_model_that_caps_its_logits_is_refused(model, monkeypatch):
-    rl.check_model(model, PROMPTS[1], 100)
+    rl.check_head(model, PROMPTS[1])
     forward = model.forward
 
     def capped(**kwargs):
@@ -721,15 +744,15 @@ def test_a_model_that_caps_its_logits_is_refused(model, monkeypatch):
         return output
     monkeypatch.setattr(model, "forward", capped)
     with pytest.raises(SystemExit):
-        rl.check_model(model, PROMPTS[1], 100)
+        rl.check_head(model, PROMPTS[1])
 
 
 def test_a_model_that_sees_only_a_window_is_refused():
     """The sampler's mask shows every row all of its keys."""
     model = random_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    rl.check_model(model, PROMPTS[1], 8)
+    rl.check_window(model, 8)
     with pytest.raises(SystemExit):
-        rl.check_model(model, PROMPTS[1], 9)
+        rl.check_window(model, 9)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -805,7 +828,7 @@ def comparable(run):
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, monkeypatch, more, easy_reward):
     """Killed after any file operation of steps 1 to 4, and resumed: same weights, same log (nano-aha replays a batch)."""
     rl.main(run_flags(folder, tmp_path / "whole", *more))
-    for number, (module, name, calls) in enumerate([(os, "replace", 6), (rl, "append_rows", 4), (rl, "generate", 3), (rl, "save_checkpoint", 1)]):
+    for number, (module, name, calls) in enumerate([(os, "replace", 6), (rl, "append_rows", 4), (rl, "generate", 3), (rl, "save_checkpoint", 1), (rl, "save_model", 0)]):
         run, real, count = tmp_path / f"cut{number}", getattr(module, name), itertools.count()
 
         def killed(*args, **kwargs):
@@ -820,7 +843,28 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, mo
             (run / "metrics.jsonl").open("a").write('{"step": 3, "rew')                           # cut short while writing
         rl.main(["--output-dir", str(run), "--resume"])
         assert comparable(run) == comparable(tmp_path / "whole")
+        assert same_weights(run / "step-000002", tmp_path / "whole" / "step-000002")
         assert same_weights(run / "step-000004", tmp_path / "whole" / "step-000004")
+
+
+def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, capsys):
+    run = tmp_path / "run"
+    rl.main(run_flags(folder, run))
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "state.pt"}
+
+    def refused(words):
+        with pytest.raises(SystemExit) as stop:
+            rl.main(["--output-dir", str(run), "--resume", "--steps", "6"])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+        assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "state.pt"}
+        del stop
+        gc.collect()                    # a process that fails lets its lock go; here the frames of the failed call still have it
+    with rl.claim(run / "lock"):
+        refused("in use by another process")
+    (run / "latest" / "state.pt").write_bytes((run / "latest" / "state.pt").read_bytes()[:-999])
+    refused("is damaged")
+    (run / "latest" / "state.pt").unlink()
+    refused("is gone")
 
 
 def test_more_steps_after_the_end(folder, tmp_path, easy_reward):
@@ -1096,20 +1140,25 @@ def test_miniature_makes_each_run_once(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(miniature, "EVAL", ["--eval", str(tmp_path / "my.jsonl"), "--eval-every", "1"])
     monkeypatch.setattr(tiny, "BENCHMARKS", ("my",))
     monkeypatch.setattr(miniature, "SETS", {})
-    monkeypatch.setattr(rl, "load_model", lambda name: None)
+    monkeypatch.setattr(rl, "make_tiny_base", lambda name: None)
     flags = ["--output-dir", str(tmp_path / "mini"), "--seeds", "1", "--jobs", "2"]
     miniature.main(flags)
     table = (tmp_path / "mini" / "table.md").read_text()
     assert table.count("| the base model |") == 1 and "| `a`: the one | 1.0 | " in table and "| `b`: the other |" in table and table in capsys.readouterr().out
     assert [row["step"] for row in read_jsonl(tmp_path / "mini" / "a-0" / "metrics.jsonl")] == [0, 1, 1, 2, 2]
-    made, real = [], subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda words, **kwargs: made.append(words) or real(words, **kwargs))
+    made, real = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **kwargs: made.append(words) or real(words, **kwargs))
     miniature.main(flags)
     assert made == [] and (tmp_path / "mini" / "table.md").read_text() == table
     lines = (tmp_path / "mini" / "b-0" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "mini" / "b-0" / "metrics.jsonl").write_text("".join(lines[:-1]))
     miniature.main([*flags, "--rows", "b"])
     assert len(made) == 1 and "--resume" in made[0]
+    monkeypatch.setattr(miniature, "PARTS", {"part": ("", "", {"c": ("a bad flag", "", f"{cheap} --slots 0"), "d": ("a long run", "", cheap.replace("--steps 2", "--steps 999999"))})})
+    with pytest.raises(SystemExit):
+        miniature.main(flags)
+    assert "c-0 ended with exit code 2" in capsys.readouterr().err
+    assert {child.wait(60) for child in miniature.CHILDREN[-2:]} == {2, -signal.SIGTERM}              # nothing is left behind
     with pytest.raises(SystemExit):
         miniature.main(["--rows", "no_such_row"])
 
@@ -1355,22 +1404,27 @@ def test_an_evaluation_is_not_overwritten_and_settings_do_not_mix(my_flags, tmp_
     with pytest.raises(SystemExit):
         evaluate.main(my_flags())
     Path("gone.json").rename("e.json")
-    os.utime("e.json", (0, 0))                                                                    # as if the model were newer
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(evaluate, "crc_of_weights", lambda model_name: 0)
         evaluate.main(my_flags())
-    assert "older weights" in capsys.readouterr().err
+    assert "weights_crc32" in capsys.readouterr().err
     assert before == (Path("e.json").read_text(), Path("e.jsonl").read_text())
 
 
-def test_a_problem_that_changed_meanwhile_is_refused(my_flags, folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("rows", [[{**row, "answer": 5} for row in MY_PROBLEMS], MY_PROBLEMS[:2], [*MY_PROBLEMS, MY_PROBLEMS[0]]])
+def test_problems_that_changed_meanwhile_and_a_second_writer_are_refused(my_flags, tmp_path, capsys, monkeypatch, rows):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "measure_all", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(evaluate, "measure_all", lambda *args: 1 / 0)
         evaluate.main(my_flags())
-    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({**row, "answer": 5}) for row in MY_PROBLEMS))
+    before = Path("e.jsonl").read_text()
+    with rl.claim(tmp_path / "e.json"), pytest.raises(SystemExit):
+        evaluate.main(my_flags())
+    assert "in use by another process" in capsys.readouterr().err
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SystemExit):
         evaluate.main(my_flags())
-    assert "my, problem 0" in capsys.readouterr().err
+    assert "problems_crc32" in capsys.readouterr().err and Path("e.jsonl").read_text() == before
 
 
 def test_a_problem_longer_than_the_context_is_counted(folder, tmp_path, capsys, monkeypatch):
@@ -1428,6 +1482,10 @@ def test_a_curve_of_a_run(folder, tmp_path, easy_reward, monkeypatch, capsys):
     (tmp_path / "run" / "step-000002" / "eval.jsonl").unlink()
     evaluate.main(flags)
     assert loaded == ["step-000002"] and read_jsonl(tmp_path / "run" / "curve.jsonl") == curve
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags, "--output", str(tmp_path / "run" / "metrics.jsonl")])
+    assert "something else than a curve" in capsys.readouterr().err and (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("flags, words", [(["--benchmarks", "nope"], "nope"), (["--limit", "0"], "--limit 0"), (["--k", "0"], "--k 0"), (["--k", "4"], "greedy"),

@@ -346,13 +346,16 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.plan:
         return print_plan(draw_lengths(1024, 3072))
-    if args.rollouts % 8 or min(args.rollouts, args.max_response_tokens, args.turns, args.slots) < 1:
-        rl.fail(f"--rollouts {args.rollouts} must be a multiple of 8, the size of a group, and every number 1 or more")
+    if args.rollouts % 8 or args.rollouts < 8:
+        rl.fail(f"--rollouts {args.rollouts}: use a multiple of 8, the size of a group")
+    if args.turns < 1:
+        rl.fail(f"--turns {args.turns}: use 1 or more")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     config = rl.Config(prompts_per_step=args.rollouts // 8, max_response_tokens=args.max_response_tokens,
                        slots=args.slots, token_budget=args.token_budget, cuda_graph=args.cuda_graph and cuda,
                        activation_checkpointing=args.activation_checkpointing)
+    rl.check(config)
     lengths = draw_lengths(args.rollouts, args.max_response_tokens)
     problem = rl.load_examples(["pi1"])[0]["problem"] + rl.TRAIN_SUFFIX
 
@@ -384,4 +387,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rl.as_a_command(main)

@@ -12,6 +12,7 @@ standard error over seeds. With matplotlib, each part's curves are drawn beside 
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -91,17 +92,24 @@ def last_test(run):
     return plot.read_run(run)[1].get(rl.read_json(run / "config.json")["steps"])
 
 
-def make_run(row, seed, out) -> None:
-    """One run in a process of its own, on one thread: its result is then the same however many run beside it."""
+CHILDREN = []
+
+
+def make_run(row, seed, out) -> str:
+    """One run in a process of its own, on one thread: its result is then the same however many run beside it.
+
+    Returns what went wrong, if anything did.
+    """
     run, words = Path(f"{out}/{row}-{seed}"), command(row, seed, out)
     if (run / "config.json").exists():
         words.append("--resume")
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "log.txt", "a", encoding="utf-8") as log:
-        code = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=log, stderr=log,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-    if code:
-        raise RuntimeError(f"python {' '.join(words)} ended with exit code {code}; see {run / 'log.txt'}")
+        child = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=log, stderr=log,
+                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
+        CHILDREN.append(child)
+        code = child.wait()
+    return f"python {' '.join(words)} ended with exit code {code}; see {run / 'log.txt'}" if code else ""
 
 
 def cell(values, scale=100, digits=1) -> str:
@@ -170,7 +178,7 @@ def main(argv=None) -> None:
     rl.make_folder(out, "--output-dir")
     for name, size in SETS.items():
         rl.append_rows(out / name, tiny.train_problems(size), mode="w")
-    rl.load_model(rl.TINY_BASE)                             # built here, before many processes want it at the same time
+    rl.make_tiny_base(rl.TINY_BASE)                         # built here, before many processes want it at the same time
     missing = [(row, seed) for seed in seeds for row in rows if last_test(out / f"{row}-{seed}") is None]
     print(f"{len(rows)} rows x {args.seeds} seeds: {len(rows) * args.seeds - len(missing)} runs are done, "
           f"{len(missing)} to go, {args.jobs} at a time; the log of each is in {out}/ROW-SEED/log.txt", flush=True)
@@ -178,10 +186,13 @@ def main(argv=None) -> None:
         jobs = {pool.submit(make_run, row, seed, out): f"{row}-{seed}" for row, seed in missing}
         try:
             for job in as_completed(jobs):
-                job.result()
+                if failure := job.result():
+                    rl.fail(failure)
                 progress.update()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in CHILDREN:              # or they would go on alone, and a second call would meet them
+                child.terminate()
             raise
     text = tables(rows, seeds, out)
     print(text)
@@ -194,4 +205,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rl.as_a_command(main)

@@ -142,6 +142,10 @@ def main(argv=None) -> None:
     parser.add_argument("--value-clip", type=float, default=0.5, help="how far a value may move (default: 0.5)")
     flags, argv = parser.parse_known_args(argv)
     config = rl.parse_args(argv)
+    for name, lowest in {"gamma": 0, "lam": 0, "critic_learning_rate": 1e-30, "value_clip": 1e-30}.items():
+        value = getattr(flags, name)
+        if value is not None and not lowest <= value <= 1e9:
+            rl.fail(f"--{name.replace('_', '-')} {value}: use a number {'above' if lowest else 'of at least'} 0")
     if flags.critic_updates < 1 or config.prompts_per_step % flags.critic_updates:
         rl.fail(f"--critic-updates {flags.critic_updates} must divide --prompts-per-step {config.prompts_per_step}")
     train_policy, save_policy, load_policy = rl.train_on, rl.save_checkpoint, rl.load_checkpoint
@@ -202,4 +206,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rl.as_a_command(main)

@@ -48,9 +48,11 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if bool(args.output) != bool(args.top or args.bottom):
         rl.fail("--output needs --top N or --bottom N, and these need --output")
+    if min(args.top, args.bottom, args.show) < 0:
+        rl.fail(f"--top {args.top} --bottom {args.bottom} --show {args.show}: use 0 or more")
     if args.output and args.output.exists():
         rl.fail(f"--output {args.output}: is already there; name another")
-    names = rl.read_json(args.run / "config.json")["example"]
+    names = rl.read_json(args.run / "config.json", "example")["example"]
     examples = {example["name"]: example for example in rl.load_examples(names)}
     ranking = rank(history(rl.read_log(args.run / "metrics.jsonl")), examples)
     if not ranking:
@@ -66,6 +68,7 @@ def main(argv=None) -> None:
     if max(visits) < 2:
         print("\nno example was visited twice, so all scores are 0; train for more --steps")
     if args.output:
+        rl.make_folder(args.output.parent, "--output")
         chosen = ranking[:args.top] + ranking[len(ranking) - args.bottom:]
         rl.append_rows(args.output, [{key: examples[name][key] for key in ("name", "problem", "answer")}
                                      for name, *_ in chosen])
@@ -73,4 +76,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rl.as_a_command(main)

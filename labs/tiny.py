@@ -31,7 +31,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that python labs/tiny.py finds it
-from one_shot_rlvr import TINY_BASE, TRAIN_SUFFIX, append_rows, fail, make_folder, save_model  # noqa: E402
+from one_shot_rlvr import (TINY_BASE, TRAIN_SUFFIX, append_rows, as_a_command, fail, make_folder,  # noqa: E402
+                           save_model)
 
 PROTOCOL = (4, 0.6)             # samples a problem, temperature: greedy would show the commonest style alone
 MAX_RESPONSE_TOKENS = 64        # a careful solution takes some 30
@@ -266,7 +267,7 @@ def build_base(folder, steps=1800, seed=0, batch_size=96, learning_rate=2.5e-3, 
     save_model(folder, model.eval(), tokenizer)
 
 
-if __name__ == "__main__":
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = fail
     parser.add_argument("--output", default=TINY_BASE,
@@ -274,13 +275,22 @@ if __name__ == "__main__":
     parser.add_argument("--set", type=int, help="write so many training problems, and no model")
     parser.add_argument("--steps", type=int, default=1800, help="pretraining steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and documents (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if os.path.exists(args.output):
         fail(f"--output {args.output}: is already there; name another, or remove it")
+    # 3,000, because some tasks have hardly more than 500 problems that are not held out
+    for name, (least, most) in {"steps": (1, 10**9), "set": (1, 3000), "seed": (0, 10**9)}.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            fail(f"--{name} {value}: use a number from {least} to {most:,}")
+    if args.set and not args.output.endswith(".jsonl"):
+        fail(f"--output {args.output}: its name must end in .jsonl")
+    make_folder(Path(args.output).parent, "--output")
     if args.set:
-        if not args.output.endswith(".jsonl"):
-            fail(f"--output {args.output}: its name must end in .jsonl")
-        make_folder(Path(args.output).parent, "--output")
         append_rows(args.output, train_problems(args.set, args.seed))
     else:
         build_base(args.output, args.steps, args.seed)
+
+
+if __name__ == "__main__":
+    as_a_command(main)
