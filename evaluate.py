@@ -46,8 +46,8 @@ from tqdm import tqdm
 from labs import tiny
 from one_shot_rlvr import (EVAL_SYSTEM, TINY_BASE, Config, append_rows, as_a_command, atomically, check_window, claim,
                            describe_prompt, encode_prompt, equivalent, extract_boxed, fail, find_stop_ids,
-                           generate_each, has_box, is_correct, keep_rows, load_model, make_folder, make_tiny_base,
-                           read_json, read_jsonl, read_log, write_json)
+                           generate_each, has_box, is_correct, keep_rows, load_model, make_folder, make_parser,
+                           make_tiny_base, read_json, read_jsonl, read_log, write_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,7 +311,8 @@ def print_table(result, by=None) -> None:
             print(f"{name[:23]:<24}{m['n']:>5}{m['k']:>4}{m['temperature']:>6.1f}{100 * m['avg_at_k']:>8.1f}"
                   f"{100 * (m['stderr'] or 0):>6.1f}{100 * m['pass_at_k']:>8.1f}{100 * m['boxed']:>7.0f}"
                   f"{100 * m['truncated']:>7.0f}{m['mean_length']:>8.0f}{100 * m['self_reflection']:>9.1f}")
-    print(f"{'average':<24}{'':>15}{100 * result['average']:>8.1f}")
+    error = math.hypot(*(m["stderr"] or 0 for m in result["benchmarks"].values())) / len(result["benchmarks"])
+    print(f"{'average':<24}{'':>15}{100 * result['average']:>8.1f}{100 * error:>6.1f}")
     for name, measures in result["benchmarks"].items():
         if measures["too_long"]:
             print(f"{name}: {measures['too_long']} problems fill the model's context and count as wrong")
@@ -470,8 +471,7 @@ def curve(run, output, evaluate_step) -> None:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = make_parser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help=f"Hugging Face id or model folder (default: {Config().model})")
     what.add_argument("--run", type=Path, help="a run of one_shot_rlvr.py: base model and all steps, as a curve")
@@ -514,6 +514,8 @@ def main(argv=None) -> None:
         k, temperature = protocol(Path(name).stem, args.k, args.temperature)
         if k > 1 and temperature == 0:
             fail(f"--k {k} for {name}: greedy, all its samples would be the same; add --temperature 0.6")
+    if (args.model or "").count("/") > 1 and not Path(args.model).is_dir():
+        fail(f"--model {args.model}: there is no such folder")                  # an id on the hub has one slash at most
     benchmarks = load_benchmarks(names, args.data_dir, args.limit)
     settings = dict(benchmarks=list(benchmarks), limit=args.limit, k=args.k, seed=args.seed,
                     temperature=args.temperature, max_response_tokens=args.max_response_tokens or

@@ -148,6 +148,14 @@ def fail(sentence):
     sys.exit(2)
 
 
+def make_parser(doc, **options):
+    """A parser whose --help begins as the script's docstring does, and whose errors are one sentence."""
+    parser = argparse.ArgumentParser(description="\n\n".join(doc.split("\n\n")[:2]), allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    parser.error = fail
+    return parser
+
+
 def first_line(error) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -168,8 +176,8 @@ def parse_args(argv=None) -> Config:
     argv = sys.argv[1:] if argv is None else argv
     # --group_size is as good as --group-size
     argv = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error, group = fail, None
+    parser = make_parser(__doc__, usage="%(prog)s [flags]", epilog="[P]: the paper; [C]: its released code.")
+    group = None
     for f in fields(Config):
         if group is None or group.title != f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
@@ -179,7 +187,7 @@ def parse_args(argv=None) -> Config:
         if f.type is list:
             default, kind = " ".join(default), {"nargs": "+"}
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                           help=f"{f.metadata['help']} (default: {default})")
+                           help=f"{f.metadata['help']} (default: {'none' if default == '' else default})")
     given = vars(parser.parse_args(argv))
     config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
     config.output_dir = config.output_dir or \
@@ -211,7 +219,7 @@ def check(config: Config) -> None:
     if config.weight_decay < 0:
         fail(f"--weight-decay {config.weight_decay}: use 0 or more")
     if bool(config.eval_every) != bool(config.eval):
-        fail(f"--eval-every {config.eval_every} and --eval {' '.join(config.eval)} need each other")
+        fail(f"--eval-every {config.eval_every} and --eval {' '.join(config.eval) or '(none)'} need each other")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -946,32 +954,36 @@ def save_model(folder, model, tokenizer) -> None:
         tokenizer.save_pretrained(temporary)
 
 
-def save_checkpoint(run_dir, step, policy, optimizer) -> None:
-    """All that --resume needs. No random state is among it: everything random is drawn from (seed, step)."""
+def save_checkpoint(run_dir, step, **parts) -> None:
+    """All that --resume needs, the state of policy and optimizer; everything random is drawn from (seed, step)."""
     (run_dir / "latest").mkdir(exist_ok=True)
     with atomically(run_dir / "latest" / "state.pt") as temporary:
-        torch.save({"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
+        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
 
 
-def load_checkpoint(run_dir, policy, optimizer) -> int:
-    """The step of the checkpoint, whose weights and optimizer state are loaded; 0 if there is none yet."""
+def load_checkpoint(run_dir, **parts) -> int:
+    """The step of the checkpoint, from which policy and optimizer take their state; 0 if there is none yet."""
     path = run_dir / "latest" / "state.pt"
     if not path.exists():
         if any(run_dir.glob("step-*")):         # a step's folder comes after its checkpoint
             fail(f"--resume: {path} is gone, and without it the run would begin again and overwrite its steps")
         return 0
-    # the moments are the checkpoint's; rate and weight decay are the settings', which flags may have changed
-    settings = {key: optimizer.param_groups[0][key] for key in ("lr", "weight_decay")}
     try:
         # mmap: eight processes would otherwise hold eight copies in host memory
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    except Exception as error:                  # torch names a damaged file in many ways
-        fail(f"--resume: {path} is damaged, or of another model ({first_line(error)}); train on from the last "
-             "step's folder by --model, in another --output-dir")
-    optimizer.param_groups[0].update(settings)
+        step = state.pop("step")
+        if state.keys() != parts.keys():
+            raise ValueError(f"it holds {', '.join(state)}, and not {', '.join(parts)}")
+        for name, part in parts.items():
+            # the moments are the checkpoint's; rate and weight decay are the settings', which flags may have changed
+            groups = lambda: getattr(part, "param_groups", [])                              # of an optimizer
+            settings = [{key: group[key] for key in ("lr", "weight_decay")} for group in groups()]
+            part.load_state_dict(state[name])
+            for group, values in zip(groups(), settings):
+                group.update(values)
+    except Exception as error:                  # torch has many names for a damaged file
+        fail(f"--resume: {path} does not fit this run ({first_line(error)}); train on from the last step's folder by "
+             "--model, in another --output-dir")
     return step
 
 
@@ -1148,7 +1160,7 @@ def main(argv=None) -> None:
 
     make_folder(run_dir, "--output-dir")
     lock = claim(run_dir / "lock") if rank == 0 else None
-    done = load_checkpoint(run_dir, policy, optimizer) if config.resume else 0
+    done = load_checkpoint(run_dir, policy=policy, optimizer=optimizer) if config.resume else 0
     copy_weights(policy.parameters(), masters)          # the checkpoint is the policy's; AdamW's copies follow
     copy_weights(policy.parameters(), sampler.parameters())
     to_be_saved = lambda step: step % config.save_every == 0 or step == config.steps
@@ -1197,14 +1209,14 @@ def main(argv=None) -> None:
                         "memory_gb": peak_memory_gb(device)}, rollouts)
                     if to_be_saved(step):
                         # in this order: a step whose folder is there is never made again
-                        save_checkpoint(run_dir, step, policy, optimizer)
+                        save_checkpoint(run_dir, step, policy=policy, optimizer=optimizer)
                         save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)       # on CUDA bf16: half the disk
             phase = "evaluating"
             if rank == 0:
                 evaluate_if_due(config, step, sampler, tokenizer, benchmarks, run_dir)
     except KeyboardInterrupt:
         if rank == 0:
-            save_checkpoint(run_dir, done, policy, optimizer)
+            save_checkpoint(run_dir, done, policy=policy, optimizer=optimizer)
         print(f"\nstopped after step {done}, which is saved; go on with\n"
               f"    python {sys.argv[0]} --output-dir {run_dir} --resume")
         sys.exit(130)
@@ -1216,7 +1228,9 @@ def main(argv=None) -> None:
         if rank == 0:
             lock.close()
     final = run_dir / f"step-{config.steps:06d}"
-    print(f"done: {final} is a Hugging Face model folder; measure it with\n    python evaluate.py --model {final}")
+    preset = " --preset tiny" * (config.preset == "tiny")
+    print(f"done: {final} is a Hugging Face model folder; measure it with\n"
+          f"    python evaluate.py{preset} --model {final}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

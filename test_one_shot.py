@@ -862,7 +862,7 @@ def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, 
     with rl.claim(run / "lock"):
         refused("in use by another process")
     (run / "latest" / "state.pt").write_bytes((run / "latest" / "state.pt").read_bytes()[:-999])
-    refused("is damaged")
+    refused("does not fit this run")
     (run / "latest" / "state.pt").unlink()
     refused("is gone")
 
@@ -1089,7 +1089,11 @@ def test_ppo_runs_learns_values_and_resumes_to_the_bit(folder, tmp_path, easy_re
     assert not same_weights(folder, tmp_path / "whole" / "step-000004")
     values = [row["value"] for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl")]
     assert abs(values[0]) < 0.2 < abs(values[-1])                              # the critic has learned to expect something
-    assert [path.name for path in (tmp_path / "run" / "latest").glob("critic*")] == ["critic-4.pt"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(rl, "load_checkpoint", real["load_checkpoint"])                            # one_shot_rlvr.py would go on without the critic
+        rl.main(["--output-dir", str(tmp_path / "run"), "--resume", "--steps", "5"])
+    assert "it holds policy, optimizer, critic" in capsys.readouterr().err
+    gc.collect()                                                                                 # see above
     for flags, words in [(["--output-dir", str(tmp_path / "run"), "--resume", "--gamma", "0.5"], "same flags"), (["--critic-updates", "3"], "--critic-updates 3")]:
         with pytest.raises(SystemExit) as stop:
             run(*flags) if "--gamma" in flags else ppo.main([*run_flags(folder, tmp_path / "new"), *flags])
@@ -1143,17 +1147,19 @@ def test_miniature_makes_each_run_once(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rl, "make_tiny_base", lambda name: None)
     flags = ["--output-dir", str(tmp_path / "mini"), "--seeds", "1", "--jobs", "2"]
     miniature.main(flags)
-    table = (tmp_path / "mini" / "table.md").read_text()
+    table = (tmp_path / "mini" / "part.md").read_text()
     assert table.count("| the base model |") == 1 and "| `a`: the one | 1.0 | " in table and "| `b`: the other |" in table and table in capsys.readouterr().out
+    assert "| 2 | " in (tmp_path / "mini" / "post.md").read_text()
     assert [row["step"] for row in read_jsonl(tmp_path / "mini" / "a-0" / "metrics.jsonl")] == [0, 1, 1, 2, 2]
     made, real = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda words, **kwargs: made.append(words) or real(words, **kwargs))
     miniature.main(flags)
-    assert made == [] and (tmp_path / "mini" / "table.md").read_text() == table
+    assert made == [] and (tmp_path / "mini" / "part.md").read_text() == table
     lines = (tmp_path / "mini" / "b-0" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "mini" / "b-0" / "metrics.jsonl").write_text("".join(lines[:-1]))
     miniature.main([*flags, "--rows", "b"])
-    assert len(made) == 1 and "--resume" in made[0]
+    assert len(made) == 1 and "--resume" in made[0] and "`b`" in (tmp_path / "mini" / "rows.md").read_text()
+    assert (tmp_path / "mini" / "part.md").read_text() == table                                  # of the whole part, still
     monkeypatch.setattr(miniature, "PARTS", {"part": ("", "", {"c": ("a bad flag", "", f"{cheap} --slots 0"), "d": ("a long run", "", cheap.replace("--steps 2", "--steps 999999"))})})
     with pytest.raises(SystemExit):
         miniature.main(flags)

@@ -235,9 +235,15 @@ def continuous_batching(model, prompt, config):
         do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0,
         max_new_tokens=config.max_response_tokens)
 
+    options, each = {"generation_config": settings}, -(-(len(prompt) + config.max_response_tokens) // 256)
+    if model.device.type == "cpu" and hasattr(transformers, "ContinuousBatchingConfig"):
+        # room for all rollouts; by default it takes most of the machine's memory
+        options["continuous_batching_config"] = transformers.ContinuousBatchingConfig(
+            num_blocks=each * config.prompts_per_step * config.group_size + 8)
+
     def turn(lengths):
         model.set_attn_implementation("sdpa")
-        with model.continuous_batching_context_manager(generation_config=settings) as manager:
+        with model.continuous_batching_context_manager(**options) as manager:
             start = clock()                             # its preparations are not counted
             for length in lengths.tolist():
                 manager.add_request(prompt, max_new_tokens=length)
@@ -325,8 +331,8 @@ def print_table(results, floor, tokens) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, cuda = rl.fail, torch.cuda.is_available()
+    parser = rl.make_parser(__doc__)
+    cuda = torch.cuda.is_available()
     whom = ["generate", "continuous batching", "TRL"]
     parser.add_argument("--shape", choices=SHAPES, default="1.5b" if cuda else "small",
                         help="random weights of this size (default: 1.5b on CUDA, else small)")
@@ -351,7 +357,7 @@ def main(argv=None) -> None:
     if args.turns < 1:
         rl.fail(f"--turns {args.turns}: use 1 or more")
     warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     config = rl.Config(prompts_per_step=args.rollouts // 8, max_response_tokens=args.max_response_tokens,
                        slots=args.slots, token_budget=args.token_budget, cuda_graph=args.cuda_graph and cuda,
                        activation_checkpointing=args.activation_checkpointing)
@@ -366,13 +372,16 @@ def main(argv=None) -> None:
             with torch.device("cuda" if cuda else "cpu"):
                 policy, tokenizer = random_model(args.shape), random_tokenizer()
         prompt, name = rl.encode_prompt(tokenizer, problem), Path(args.model or args.shape).name
-        if trl := "TRL" in args.against and importlib.util.find_spec("trl"):
+        trl = "TRL" in args.against and importlib.util.find_spec("trl")
+        if "TRL" in args.against and not trl:
+            print("TRL is left out; to have it: pip install trl")
+        if trl:
             rl.save_model(Path(temporary, name), policy, tokenizer)
         sampler, turn = ours(policy, prompt, config)
         dtype = torch.bfloat16 if rl.uses_bf16(policy.device, config) else torch.float32
         bandwidth, rate = machine_speed(policy.device, dtype)
         print(f"{machine()}; {dtype}\ncopy {bandwidth / 1e9:,.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s\n"
-              f"{name}, {policy.num_parameters() / 1e6:,.0f} million parameters; {len(lengths)} rollouts "
+              f"{name}, {policy.num_parameters() / 1e6:,.1f} million parameters; {len(lengths)} rollouts "
               f"in groups of 8, mean {lengths.float().mean():.0f} and at most {lengths.max()} tokens after a prompt of "
               f"{len(prompt)}, {min(config.slots, len(lengths))} at a time", flush=True)
         turns = {"ours": turn, "generate": transformers_generate(sampler, prompt, config),
@@ -383,7 +392,7 @@ def main(argv=None) -> None:
         print_table(run_in_turns({name: turn for name, turn in turns.items() if name in ("ours", *args.against)},
                                  args.turns, lengths), floor, int(lengths.sum()))
     whose = "of ours" if cuda else "of all together"
-    print(f"\nmedians of {args.turns} turns; peak memory {whose} {turn.memory:.1f} GB")
+    print(f"\nmedians of {args.turns} turn(s); peak memory {whose} {turn.memory:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """The paper's tables in miniature: each row is one_shot_rlvr.py with a few flags, on the tiny world, over some seeds.
 
-    python labs/miniature.py                                     # all rows, three seeds: under 45 minutes on two cores
-    python labs/miniature.py --rows one pg entropy --seeds 1     # some rows, one seed: two minutes
-    python labs/miniature.py --list                              # the rows and their flags; nothing is run
+    python labs/miniature.py                                # all, three seeds: half an hour on two cores
+    python labs/miniature.py --rows loss --seeds 1          # one part, one seed
+    python labs/miniature.py --rows one pg entropy          # some rows
+    python labs/miniature.py --list                         # the rows and their flags; nothing is run
 
 Every run is a process of its own, with its folder runs/miniature/ROW-SEED and its log there; a run that is done is not
-made again, one that was cut short goes on where it was. The table is printed and written to runs/miniature/table.md:
-training accuracy in the last tenth of the steps and test accuracy after the last, over the six benchmarks, as mean and
-standard error over seeds. With matplotlib, each part's curves are drawn beside it.
+made again (so name another --output-dir after a change of the code), one that was cut short goes on where it was. Each
+part's table is printed and written to runs/miniature/PART.md: training accuracy in the last tenth of the steps and test
+accuracy after the last, over the six benchmarks, as mean and standard error over seeds. With matplotlib, its curves are
+drawn to PART.png.
 """
-import argparse
 import importlib.util
 import os
 import signal
@@ -146,31 +147,30 @@ def table_of_steps(row, seeds, out) -> list:
     return lines
 
 
-def tables(rows, seeds, out) -> str:
-    """Markdown: for each part the rows that were run, beside the paper's figures."""
-    text = ""
-    for part, (question, source, of_part) in PARTS.items():
-        if of_part := {row: of_row for row, of_row in of_part.items() if row in rows}:
-            lines = table_of_steps(*of_part, seeds, out) if part == "post" else table_of_rows(of_part, seeds, out)
-            text += f"**{question}** ({part}; paper: {source})\n\n" + "\n".join(lines) + "\n\n"
-    return text
+def chosen_parts(names) -> dict:
+    """PARTS, or those of the names that are parts, and one of all the rows that are named by themselves."""
+    every = {row: of_row for _, _, of_part in PARTS.values() for row, of_row in of_part.items()}
+    if unknown := [name for name in names if name not in every and name not in PARTS]:
+        rl.fail(f"--rows {unknown[0]}: there are the rows {', '.join(every)} and the parts {', '.join(PARTS)}")
+    parts = {part: of_part for part, of_part in PARTS.items() if part in names or not names}
+    if rows := {row: every[row] for row in names if row in every}:
+        parts["rows"] = ("The rows that were named", "see there", rows)
+    return parts
 
 
 def main(argv=None) -> None:
-    every = list(dict.fromkeys(row for _, _, rows in PARTS.values() for row in rows))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = rl.fail
-    parser.add_argument("--rows", nargs="+", default=every, help="rows, or names of whole parts (default: all)")
+    parser = rl.make_parser(__doc__)
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME",
+                        help=f"rows of --list, or parts: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with seeds 0, 1, ... (default: 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time (default: one a core)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/miniature"), help="default: %(default)s")
     parser.add_argument("--list", action="store_true", help="print the rows and their commands, and run nothing")
     args = parser.parse_args(argv)
-    if unknown := [row for row in args.rows if row not in every and row not in PARTS]:
-        rl.fail(f"--rows {unknown[0]}: there are the rows {', '.join(every)} and the parts {', '.join(PARTS)}")
     if min(args.seeds, args.jobs) < 1:
         rl.fail(f"--seeds {args.seeds} --jobs {args.jobs}: use 1 or more")
-    rows = [row for row in every if any(row == name or row in PARTS.get(name, ("", "", {}))[2] for name in args.rows)]
+    parts = chosen_parts(args.rows)
+    rows = list(dict.fromkeys(row for _, _, of_part in parts.values() for row in of_part))
     seeds, out = range(args.seeds), args.output_dir
     if args.list:
         return print("\n".join(f"{row:<14} python {' '.join(command(row, 0, out))}" for row in rows))
@@ -194,14 +194,14 @@ def main(argv=None) -> None:
             for child in CHILDREN:              # or they would go on alone, and a second call would meet them
                 child.terminate()
             raise
-    text = tables(rows, seeds, out)
-    print(text)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    if importlib.util.find_spec("matplotlib"):
-        for part, (_, _, of_part) in PARTS.items():
-            if drawn := [row for row in of_part if row in rows]:
-                plot.draw({row: [out / f"{row}-{seed}" for seed in seeds] for row in drawn}, out / f"{part}.png")
-    print(f"written to {out / 'table.md'}")
+    for part, (question, source, of_part) in parts.items():
+        lines = table_of_steps(*of_part, seeds, out) if part == "post" else table_of_rows(of_part, seeds, out)
+        text = f"**{question}** ({part}; paper: {source})\n\n" + "\n".join(lines) + "\n"
+        print(f"\n{text}")
+        (out / f"{part}.md").write_text(text, encoding="utf-8")
+        if importlib.util.find_spec("matplotlib"):
+            plot.draw({row: [out / f"{row}-{seed}" for seed in seeds] for row in of_part}, out / f"{part}.png")
+    print(f"written to {out}: {', '.join(f'{part}.md' for part in parts)}")
 
 
 if __name__ == "__main__":

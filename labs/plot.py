@@ -6,7 +6,6 @@
 Test accuracy is what --eval-every of one_shot_rlvr.py wrote into metrics.jsonl, or evaluate.py --run into curve.jsonl.
 Needs matplotlib, an optional extra: pip install matplotlib.
 """
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 4)), (0, (9, 1)),
           (0, (2, 1))]
 # what is logged: (title, upper end of the axis)
-PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL to the base model", None),
+PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL to the base model (where it is measured)", None),
           "response_length": ("response length (tokens)", None),
           "truncated_frac": ("share of responses cut short", 1.02), "dead_groups": ("share of dead groups", 1.02)}
 
@@ -62,7 +61,8 @@ def draw_curves(curves, panels, runs) -> None:
         else:
             curves.plot([], [], **style, label=f"{label} (not tested)")
         for axis, key in zip(panels, PANELS):
-            line(axis, [{row["step"]: row[key] for row in rows} for rows, _ in seeds], style)
+            if key != "kl" or any(row["kl"] for rows, _ in seeds for row in rows):      # --kl-coef 0 measures no KL
+                line(axis, [{row["step"]: row[key] for row in rows} for rows, _ in seeds], style)
     curves.set(title="training reward (pale) and test accuracy (dots)", xlabel="step", ylim=(0, 1.02))
     curves.legend(loc="best", fontsize=13, ncols=1 + len(runs) // 6, framealpha=0.6)
     for axis, (title, top) in zip(panels, PANELS.values()):
@@ -86,7 +86,7 @@ def draw_bars(axis, runs) -> None:
     for number, (label, values) in enumerate(heights.items()):
         axis.bar(np.arange(len(names)) + (number - (len(heights) - 1) / 2) * width, values, width, edgecolor="white",
                  color=COLOURS[(number - 1) % len(COLOURS)] if number else "#BBBBBB",
-                 hatch="//.x\\o*-|"[(number - 2) % 9] if number > 1 else "", label=label)
+                 hatch="/.x\\o*-|"[(number - 2) % 8] if number > 1 else "", label=label)
     axis.set(title="test accuracy by benchmark", xticks=range(len(names)), ylim=(0, 1.02))
     axis.set_xticklabels(names)
     axis.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=4, fontsize=13, frameon=False)
@@ -114,8 +114,7 @@ def draw(groups, output) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = rl.fail
+    parser = rl.make_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--seeds", action="store_true", help="runs NAME-0, NAME-1, ... are one line, mean and range")
     parser.add_argument("--output", type=Path, default=Path("runs/plot.png"),

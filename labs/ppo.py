@@ -16,7 +16,6 @@ Logs are those of GRPO, with value_loss and value in metrics.jsonl; samples.json
 because a rollout has many; a dead group is not lost, because the critic need not expect its reward.
 --offload-optimizer acts on the policy alone.
 """
-import argparse
 import functools
 import sys
 from collections import Counter
@@ -131,9 +130,7 @@ def update_critic(critic, optimizer, prompts, responses, old_values, returns, co
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, epilog="All other flags are those of one_shot_rlvr.py.")
-    parser.error = rl.fail
+    parser = rl.make_parser(__doc__, epilog="All other flags are those of one_shot_rlvr.py.")
     parser.add_argument("--gamma", type=float, default=1.0, help="discount of later rewards (default: 1)")
     parser.add_argument("--lam", type=float, default=1.0, help="lambda of GAE (default: 1)")
     parser.add_argument("--critic-learning-rate", type=float, help="default: 1e-5, in the tiny world 1e-3")
@@ -148,7 +145,7 @@ def main(argv=None) -> None:
             rl.fail(f"--{name.replace('_', '-')} {value}: use a number {'above' if lowest else 'of at least'} 0")
     if flags.critic_updates < 1 or config.prompts_per_step % flags.critic_updates:
         rl.fail(f"--critic-updates {flags.critic_updates} must divide --prompts-per-step {config.prompts_per_step}")
-    train_policy, save_policy, load_policy = rl.train_on, rl.save_checkpoint, rl.load_checkpoint
+    train_policy, save, load = rl.train_on, rl.save_checkpoint, rl.load_checkpoint
 
     @functools.cache                # made at its first use, when the process knows its GPU
     def critic_and_optimizer():
@@ -173,31 +170,16 @@ def main(argv=None) -> None:
                                               returns[part], config, flags.value_clip))
         return {**stats, **{name: value / flags.critic_updates for name, value in critic_stats.items()}}
 
-    def save_checkpoint(run_dir, step, policy, policy_optimizer):
-        """The critic of a step is there before the policy's checkpoint names that step."""
+    def save_checkpoint(run_dir, step, **parts):
         critic, optimizer = critic_and_optimizer()
-        (run_dir / "latest").mkdir(exist_ok=True)
-        with rl.atomically(run_dir / "latest" / f"critic-{step}.pt") as temporary:
-            torch.save({"flags": vars(flags), "critic": critic.state_dict(), "optimizer": optimizer.state_dict()},
-                       temporary)
-        save_policy(run_dir, step, policy, policy_optimizer)
-        for path in (run_dir / "latest").glob("critic-*.pt"):
-            if path.name != f"critic-{step}.pt":
-                path.unlink()
+        rl.write_json(run_dir / "ppo.json", vars(flags))
+        save(run_dir, step, **parts, critic=critic, critic_optimizer=optimizer)
 
-    def load_checkpoint(run_dir, policy, policy_optimizer):
-        step = load_policy(run_dir, policy, policy_optimizer)
-        path = run_dir / "latest" / f"critic-{step}.pt"
-        if step and not path.exists():
-            rl.fail(f"--resume: {run_dir} has no critic; it is a run of one_shot_rlvr.py")
-        if step:
-            critic, optimizer = critic_and_optimizer()
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["flags"] != vars(flags):
-                rl.fail(f"--resume: {run_dir} was made with {state['flags']}; give the same flags")
-            critic.load_state_dict(state["critic"])
-            optimizer.load_state_dict(state["optimizer"])
-        return step
+    def load_checkpoint(run_dir, **parts):
+        if (run_dir / "ppo.json").exists() and (saved := rl.read_json(run_dir / "ppo.json")) != vars(flags):
+            rl.fail(f"--resume: {run_dir} was made with {saved}; give the same flags")
+        critic, optimizer = critic_and_optimizer()
+        return load(run_dir, **parts, critic=critic, critic_optimizer=optimizer)
 
     # the loop of one_shot_rlvr.main() is used as it is; only these steps of it differ
     rl.group_advantages = lambda rewards, *_: torch.tensor(rewards)             # no groups: the critic is the baseline

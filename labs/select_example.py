@@ -11,7 +11,6 @@ that goes from wrong to right during the run, zero for one that is always right 
 in the order of the set; the paper's pi_1 is the first of 1,209 (Sec. 2, released code data_selection.py). The paper
 also finds that many examples of low score train nearly as well: try --bottom.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -38,8 +37,7 @@ def rank(accuracies, names) -> list:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = rl.fail
+    parser = rl.make_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a run on a set of examples")
     parser.add_argument("--top", type=int, default=0, help="write the N highest-scoring examples")
     parser.add_argument("--bottom", type=int, default=0, help="write the N lowest-scoring examples")

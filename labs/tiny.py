@@ -16,7 +16,6 @@ answer two times in five. One-shot RLVR can then raise all six benchmarks from o
 is a preference between styles that all tasks share. This shows the mechanism at work. It cannot show that the mechanism
 is what happens in a real model: here the skill, and the fact that it is seldom used, were put in by hand.
 """
-import argparse
 import math
 import os
 import random
@@ -32,7 +31,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, PreTra
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that python labs/tiny.py finds it
 from one_shot_rlvr import (TINY_BASE, TRAIN_SUFFIX, append_rows, as_a_command, fail, make_folder,  # noqa: E402
-                           save_model)
+                           make_parser, save_model)
 
 PROTOCOL = (4, 0.6)             # samples a problem, temperature: greedy would show the commonest style alone
 MAX_RESPONSE_TOKENS = 64        # a careful solution takes some 30
@@ -268,8 +267,7 @@ def build_base(folder, steps=1800, seed=0, batch_size=96, learning_rate=2.5e-3, 
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.error = fail
+    parser = make_parser(__doc__)
     parser.add_argument("--output", default=TINY_BASE,
                         help="folder of the model (default: %(default)s); with --set the .jsonl file of the problems")
     parser.add_argument("--set", type=int, help="write so many training problems, and no model")
