@@ -975,12 +975,7 @@ def load_checkpoint(run_dir, **parts) -> int:
         if state.keys() != parts.keys():
             raise ValueError(f"it holds {', '.join(state)}, and not {', '.join(parts)}")
         for name, part in parts.items():
-            # the moments are the checkpoint's; rate and weight decay are the settings', which flags may have changed
-            groups = lambda: getattr(part, "param_groups", [])                              # of an optimizer
-            settings = [{key: group[key] for key in ("lr", "weight_decay")} for group in groups()]
             part.load_state_dict(state[name])
-            for group, values in zip(groups(), settings):
-                group.update(values)
     except Exception as error:                  # torch has many names for a damaged file
         fail(f"--resume: {path} does not fit this run ({first_line(error)}); train on from the last step's folder by "
              "--model, in another --output-dir")
@@ -1161,6 +1156,8 @@ def main(argv=None) -> None:
     make_folder(run_dir, "--output-dir")
     lock = claim(run_dir / "lock") if rank == 0 else None
     done = load_checkpoint(run_dir, policy=policy, optimizer=optimizer) if config.resume else 0
+    # flags given with --resume hold, and not what the checkpoint's optimizer had
+    optimizer.param_groups[0].update(lr=config.learning_rate, weight_decay=config.weight_decay)
     copy_weights(policy.parameters(), masters)          # the checkpoint is the policy's; AdamW's copies follow
     copy_weights(policy.parameters(), sampler.parameters())
     to_be_saved = lambda step: step % config.save_every == 0 or step == config.steps

@@ -20,7 +20,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 4)), (0, (9, 1)),
           (0, (2, 1))]
 # what is logged: (title, upper end of the axis)
-PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL to the base model (where it is measured)", None),
+PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL (where it is measured)", None),
           "response_length": ("response length (tokens)", None),
           "truncated_frac": ("share of responses cut short", 1.02), "dead_groups": ("share of dead groups", 1.02)}
 
