@@ -847,6 +847,18 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, mo
         assert same_weights(run / "step-000004", tmp_path / "whole" / "step-000004")
 
 
+def test_rewards_are_left_unscaled_if_so_wanted(folder, tmp_path, easy_reward):
+    rl.main(run_flags(folder, tmp_path / "run", "--no-scale-rewards"))
+    advantages = {abs(row["advantage"]) for row in read_jsonl(tmp_path / "run" / "samples.jsonl")}
+    assert {0} != advantages <= {0, 0.25, 0.5, 0.75}                                             # scaled, the best of a group of 4 has 0.866 or 1.5
+
+
+def test_a_response_without_a_stop_token_is_truncated():
+    example = {"name": "x", "answer": "4"}
+    cut, whole = rl.describe_rollouts(2 * [example], [0.0, 1.0], torch.tensor([-1.0, 1.0]), [[5, 6], [5, 2]], ["4", "\\boxed{4}"], [2])
+    assert cut["truncated"] and not whole["truncated"] and (cut["correct"], whole["correct"]) == (False, True) == (cut["boxed"], whole["boxed"])
+
+
 def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, capsys):
     run = tmp_path / "run"
     rl.main(run_flags(folder, run))
