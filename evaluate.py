@@ -32,6 +32,7 @@ import functools
 import json
 import math
 import operator
+import os
 import re
 import sys
 import time
@@ -192,6 +193,7 @@ def sample_and_check(model, tokenizer, benchmarks, *, k=None, temperature=None, 
     stop_ids = find_stop_ids(tokenizer, model.generation_config)
     rows = keep_rows(responses_path) if responses_path else []
     tasks = list(tasks_left(model, tokenizer, benchmarks, rows, k, temperature, max_response_tokens, seed))
+    check_window(model, max((len(prompt) + limit for _, prompt, limit, *_ in tasks), default=0))
     progress = tqdm(total=len(rows) + len(tasks), initial=len(rows), desc="responses", disable=None, leave=False,
                     miniters=0)
 
@@ -384,11 +386,13 @@ def say_once(text) -> None:
 
 
 def crc_of_weights(model_name) -> int:
-    """Of the first 16 MB of each file of weights in a model's folder: other weights under the same name are noticed."""
-    crc = 0
+    """Of the first and last 16 MB of each file of weights in a model's folder: to notice others under the same name."""
+    crc, size = 0, 2**24
     for path in sorted(path for ending in ("safetensors", "bin") for path in Path(model_name).glob(f"*.{ending}")):
         with open(path, "rb") as file:
-            crc = zlib.crc32(file.read(2**24), crc)
+            crc = zlib.crc32(file.read(size), crc)
+            file.seek(-min(size, path.stat().st_size), os.SEEK_END)
+            crc = zlib.crc32(file.read(), crc)
     return crc
 
 
@@ -430,7 +434,6 @@ def evaluate_to_file(model_name, output, benchmarks, settings, slots=None, cuda_
         return as_lenient(result) if lenient else result
     model, tokenizer = load_model(model_name, getattr(torch, settings["dtype"]))
     first = encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], EVAL_SYSTEM)
-    check_window(model, len(first) + settings["max_response_tokens"])
     say_once(f"first prompt:\n{describe_prompt(tokenizer, first, find_stop_ids(tokenizer, model.generation_config))}")
     make_folder(output.parent, "--output")
     if not output.exists():
@@ -450,7 +453,7 @@ def curve(run, output, evaluate_step) -> None:
     evaluate_step(model, its .json) -> result. The reward is that of the step's own rollouts, the last ones before its
     weights; at step 0 that of the first ones, which are the base model's own.
     """
-    if not all("average" in row for row in read_log(output)):
+    if output.exists() and not all("average" in row for row in read_jsonl(output).values()):
         fail(f"--output {output}: it holds something else than a curve; name another")
     make_folder(output.parent, "--output")
     rewards = {row["step"]: row["reward"] for row in read_log(run / "metrics.jsonl") if "reward" in row}

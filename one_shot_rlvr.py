@@ -955,14 +955,14 @@ def save_model(folder, model, tokenizer) -> None:
 
 
 def save_checkpoint(run_dir, step, **parts) -> None:
-    """All that --resume needs, the state of policy and optimizer; everything random is drawn from (seed, step)."""
+    """All that --resume needs: the state of each part, policy and optimizer; what is random depends on (seed, step)."""
     (run_dir / "latest").mkdir(exist_ok=True)
     with atomically(run_dir / "latest" / "state.pt") as temporary:
         torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
 
 
 def load_checkpoint(run_dir, **parts) -> int:
-    """The step of the checkpoint, from which policy and optimizer take their state; 0 if there is none yet."""
+    """The step of the checkpoint, from which each part takes its state; 0 if there is none yet."""
     path = run_dir / "latest" / "state.pt"
     if not path.exists():
         if any(run_dir.glob("step-*")):         # a step's folder comes after its checkpoint
@@ -977,8 +977,8 @@ def load_checkpoint(run_dir, **parts) -> int:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except Exception as error:                  # torch has many names for a damaged file
-        fail(f"--resume: {path} does not fit this run ({first_line(error)}); train on from the last step's folder by "
-             "--model, in another --output-dir")
+        fail(f"--resume: {path} cannot be loaded ({first_line(error)}); if it is damaged, train on from the last "
+             "step's folder by --model, in another --output-dir")
     return step
 
 
@@ -1156,6 +1156,8 @@ def main(argv=None) -> None:
     make_folder(run_dir, "--output-dir")
     lock = claim(run_dir / "lock") if rank == 0 else None
     done = load_checkpoint(run_dir, policy=policy, optimizer=optimizer) if config.resume else 0
+    if done > config.steps:
+        fail(f"--steps {config.steps}: the run is at step {done} already")
     # flags given with --resume hold, and not what the checkpoint's optimizer had
     optimizer.param_groups[0].update(lr=config.learning_rate, weight_decay=config.weight_decay)
     copy_weights(policy.parameters(), masters)          # the checkpoint is the policy's; AdamW's copies follow
@@ -1337,8 +1339,9 @@ def equivalent(given, gold, rel_tol=0) -> bool:
 
 # Words that make a \text{...} part of the answer and no unit: "4 \text{ or 5}" is not 4, "5 \text{ million}" is not 5.
 NOT_A_UNIT = (r"or|and|if|to|not|nor|but|no|is|are|than|mod\w*|base|pi|plus|minus|times|over|squared|cubed|half|halves|"
-              r"thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|dozen|tens?|hundreds?|thousands?|"
-              r"[mbtr]+illions?|k|bn|mil|lakh|point \w+|doubled|factorial|choose|negative|infinity")
+              r"thirds?|(?:four|fif|six|seven|eigh|nin|ten|twelf|\w+(?:teen|tie)|hundred|thousand)ths?|dozen|tens?|"
+              r"hundreds?|thousands?|[mbtr]+illions?|bn|mil|lakh|point \w+|doubled|tripled|less|least|divided|"
+              r"factorial|choose|negative|infinity")
 UNIT = (r"(?:square |cubic )?(?:mph|[ckm]m|kg|f(?:ee|oo)?t|inch(?:es)?|\w*met(?:er|re)s?|units?|miles?(?: per hour)?|"
         r"degrees?|dollars?|cents?|percent|hours?|minutes?|seconds?|days?|years?)")
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "·": "*", "×": r"\times ", "π": r"\pi ", "√": r"\sqrt",
@@ -1360,10 +1363,11 @@ NORMALIZATIONS = [(re.compile(pattern, re.ASCII), replacement) for pattern, repl
     (r"\\text\{ *,? *(?:and|or) *\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|;", ","), (r", ?,", ","),
     (r"\\([lg])eq?(?:slant)?(?![A-Za-z])", r"\\\1e "),
     # percent and degrees are dropped, units are marked: 12\% is 12 and 4 cm is 4, but 4 cm is not 4 km
-    (r"(?:\\?%| ?\^ ?\{? ?\\circ ?\}?|\\degree)(?! ?[0-9]) ?", ""),
+    (r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z])) ?|\\degree ?", r"\\degree "),
+    (r"(?:\\?%|\\degree)(?! ?[0-9]) ?", ""),
     (rf"(?<=[0-9)}}]) ?({UNIT})(?![A-Za-z])", r"\\text{\1}"),
-    (rf"(?<=[0-9)}}i]) ?\\text\{{(?![^{{}}]*\b(?i:{NOT_A_UNIT})\b) *([A-Za-z][A-Za-z ./]*)\}}(?: ?\^ ?\{{?-?[0-9]\}}?)?"
-     r"(?= ?(?:$|[,)\]\\&.]))", r"\\unit{\1}"),
+    (rf"(?<=[0-9)}}i]) ?\\text\{{(?![^{{}}]*\b(?:k|(?i:{NOT_A_UNIT}))\b) *([A-Za-z][A-Za-z ./]*)\}}"
+     r"(?: ?\^ ?\{?-?[0-9]\}?)?(?= ?(?:$|[,)\]\\&.]))", r"\\unit{\1}"),
     # fractions, roots, accents and powers with exactly the braces they need: \dfrac12, \sqrt2, x^{2}
     (r"\\[dtc]frac", r"\\frac"), (r"\\(frac|sqrt|d?dot|hat|bar|vec) ?([A-Za-z0-9])", r"\\\1{\2}"),
     (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9])", r"\1{\2}"), (r"([_^]) ?\{ ?([A-Za-z0-9]) ?\}(?![0-9])", r"\1\2"),
@@ -1372,7 +1376,7 @@ NORMALIZATIONS = [(re.compile(pattern, re.ASCII), replacement) for pattern, repl
     (r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ", r"\1"), (r"(?<!\.)\.$", ""),
 ]]
 # What may stand in front of a value: x=, f(x)=, V_{max}=, (x,y)=, \text{Area}=, x\in; but \not= is no name
-NAME = re.compile(r"^(?!\\n(?:eg?|ot)(?![A-Za-z])|\\text\{ *(?i:not)\b)"
+NAME = re.compile(r"^(?!\\l?n(?:eg?|ot)(?![A-Za-z])|\\text\{[^{}]*(?i:not))"
                   r"(?:\([A-Za-z](?:,[A-Za-z])+\)|(?:\\text\{[^{}]*\}|\\[A-Za-z]+ ?|[A-Za-z])"
                   r"(?:_[A-Za-z0-9]|_\{[^{}]*\})?(?:\([A-Za-z](?:,[A-Za-z])*\))?)(?:=|\\in(?![A-Za-z]))")
 

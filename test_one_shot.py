@@ -336,7 +336,8 @@ CHECKER_RULES = {
         (r"864 \text{ in}^2", r"864 \mbox{ inches}^2", True), (r"4 \text{ m}", r"4 \text{ km}", False),
         (r"5 \text{ cm}", r"4 \text{ cm}", False), (r"\text{cm}", "m", False), (r"\text{ cm}", r"4\text{ cm}", False),
         ("6m", "6", False), ("6m", "6m", True), (r"5 \text{ million}", "5", False),
-        (r"5 \text{ paths}", "5", True), (r"5 \text{ months}", "5", True), (r"12^\circ 30", "1230", False), (r"2\mathrm{i}", "2", False),
+        (r"5 \text{ paths}", "5", True), (r"9600 \mathrm{~K}", "9600", True),
+        (r"45^\circ30'", r"45^{\circ}30'", True), (r"\frac{180^\circ}{7}", r"\frac{180}{7}", True), (r"4^\circ 5", "45", False), (r"5 \text{ months}", "5", True), (r"12^\circ 30", "1230", False), (r"2\mathrm{i}", "2", False),
     ],
     "spaces and commands": [
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", True), ("2n", "$2 n$", True), (r"2\,n", "2n", True),
@@ -395,7 +396,7 @@ HOSTILE = [  # none of these is the answer 4
     "print(4)", "__import__('os')", "4 if 1 else 5", "4//1", "4.0000000000000000001", "3.9999999999999999999", "1/0", r"\frac{4}{0}",
     r"\ln 0", "0^{-1}", r"\text{not }4", r"4 \text{ million}", r"4 \text{ (or 5)}", r"4\mathrm{i}", "4x", "4_{10}", r"4\cup 5", "4\\\\5", "4&5", "400", "0.04",
     r"4\unit{or 5}", r"4\text{ cm}\text{or 5}", r"4\text{ feet}\frac{1}{2}", r"4 feet \approx {5}", r"4\text{ m}\phantom{5}", r"4 \text{ Million}",
-    r"4\text{ Or six}", r"4\text{ k}", r"4\text{ bn}", r"4\text{ fifths}", r"4\text{ point six}", r"\not=4", r"\neg=4", r"\text{Not}=4", "0%4",
+    r"4\text{ Or six}", r"4\text{ k}", r"4\text{ bn}", r"4\text{ fifths}", r"4\text{ point six}", r"\not=4", r"\neg=4", r"\text{Not}=4", r"\lnot=4", r"\text{It is not}=4", r"4\text{ twelfths}", r"4\text{ less six}", "0%4",
     "1" * 100_000, r"\frac{" * 20_000 + "}" * 20_000, "{" * 100_000 + "}" * 100_000, r"\text{a}" * 20_000, "4," * 50_000, " " * 100_000, "(" * 100_000,
 ]
 
@@ -874,7 +875,7 @@ def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, 
     with rl.claim(run / "lock"):
         refused("in use by another process")
     (run / "latest" / "state.pt").write_bytes((run / "latest" / "state.pt").read_bytes()[:-999])
-    refused("does not fit this run")
+    refused("cannot be loaded")
     (run / "latest" / "state.pt").unlink()
     refused("is gone")
 
@@ -1172,11 +1173,13 @@ def test_miniature_makes_each_run_once(folder, tmp_path, monkeypatch, capsys):
     miniature.main([*flags, "--rows", "b"])
     assert len(made) == 1 and "--resume" in made[0] and "`b`" in (tmp_path / "mini" / "rows.md").read_text()
     assert (tmp_path / "mini" / "part.md").read_text() == table                                  # of the whole part, still
-    monkeypatch.setattr(miniature, "PARTS", {"part": ("", "", {"c": ("a bad flag", "", f"{cheap} --slots 0"), "d": ("a long run", "", cheap.replace("--steps 2", "--steps 999999"))})})
+    endless, before = cheap.replace("--steps 2", "--steps 999999"), len(miniature.CHILDREN)
+    rows = {"c": ("a bad flag", "", f"{cheap} --slots 0"), "d": ("runs beside it", "", endless), "e": ("comes next", "", endless)}
+    monkeypatch.setattr(miniature, "PARTS", {"part": ("", "", rows)})
     with pytest.raises(SystemExit):
         miniature.main(flags)
     assert "c-0 ended with exit code 2" in capsys.readouterr().err
-    assert {child.wait(60) for child in miniature.CHILDREN[-2:]} == {2, -signal.SIGTERM}              # nothing is left behind
+    assert {child.wait(60) for child in miniature.CHILDREN[before:]} == {2, -signal.SIGTERM}          # nothing is left behind
     with pytest.raises(SystemExit):
         miniature.main(["--rows", "no_such_row"])
 
@@ -1500,10 +1503,11 @@ def test_a_curve_of_a_run(folder, tmp_path, easy_reward, monkeypatch, capsys):
     (tmp_path / "run" / "step-000002" / "eval.jsonl").unlink()
     evaluate.main(flags)
     assert loaded == ["step-000002"] and read_jsonl(tmp_path / "run" / "curve.jsonl") == curve
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit):
-        evaluate.main([*flags, "--output", str(tmp_path / "run" / "metrics.jsonl")])
-    assert "something else than a curve" in capsys.readouterr().err and (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    for name, words in (("samples.jsonl", "something else than a curve"), ("metrics.jsonl", "not JSON")):
+        before = (tmp_path / "run" / name).read_text()
+        with pytest.raises(SystemExit):
+            evaluate.main([*flags, "--output", str(tmp_path / "run" / name)])
+        assert words in capsys.readouterr().err and (tmp_path / "run" / name).read_text() == before
 
 
 @pytest.mark.parametrize("flags, words", [(["--benchmarks", "nope"], "nope"), (["--limit", "0"], "--limit 0"), (["--k", "0"], "--k 0"), (["--k", "4"], "greedy"),

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -191,8 +192,10 @@ def main(argv=None) -> None:
                 progress.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in CHILDREN:              # or they would go on alone, and a second call would meet them
-                child.terminate()
+            while not all(job.done() for job in jobs):
+                for child in CHILDREN:          # or they would go on alone, and a second call would meet them
+                    child.terminate()
+                time.sleep(0.1)
             raise
     for part, (question, source, of_part) in parts.items():
         lines = table_of_steps(*of_part, seeds, out) if part == "post" else table_of_rows(of_part, seeds, out)

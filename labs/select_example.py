@@ -67,7 +67,8 @@ def main(argv=None) -> None:
         print("\nno example was visited twice, so all scores are 0; train for more --steps")
     if args.output:
         rl.make_folder(args.output.parent, "--output")
-        chosen = ranking[:args.top] + ranking[len(ranking) - args.bottom:]
+        chosen = [row for place, row in enumerate(ranking)
+                  if place < args.top or place >= len(ranking) - args.bottom]
         rl.append_rows(args.output, [{key: examples[name][key] for key in ("name", "problem", "answer")}
                                      for name, *_ in chosen])
         print(f"\n{len(chosen)} written to {args.output}")
