@@ -1084,6 +1084,19 @@ def test_value_loss_equals_the_slow_loop_with_gradients():
     assert torch.allclose(torch.autograd.grad(loss, values)[0], torch.autograd.grad(slow, values)[0])
 
 
+def test_two_processes_update_the_critic_as_one(model, monkeypatch):
+    """Two processes with equal rollouts, whose sums are twice what each has, make the step of one of them alone."""
+    returns = old_values = [torch.ones(len(response)) for response in RESPONSES]
+    weights = []
+    for processes in (1, 2):
+        monkeypatch.setattr(rl, "sum_over_processes", lambda tensor: tensor.mul_(processes))
+        critic = ppo.Critic(copy.deepcopy(model))
+        optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
+        ppo.update_critic(critic, optimizer, PROMPTS, RESPONSES, old_values, returns, rl.Config(grad_clip=math.inf), 0.5)
+        weights.append(critic.head.weight.detach())
+    assert weights[0].abs().max() > 0.01 and torch.allclose(*weights, rtol=1e-5)
+
+
 @pytest.mark.parametrize("more", [[], ["--precision", "bf16", "--activation-checkpointing"]])
 def test_ppo_runs_learns_values_and_resumes_to_the_bit(folder, tmp_path, easy_reward, monkeypatch, capsys, more):
     for name in ("group_advantages", "train_on", "save_checkpoint", "load_checkpoint"):
@@ -1352,6 +1365,7 @@ def test_measures_by_hand():
     ("The answer is 12.8 mph", "12.8", False, True), ("The final answer is: $12.8$.", "12.8", False, True), (r"cut short: \boxed{12.8", "12.8", False, True),
     (r"\boxed{4} or \boxed{5", "4", True, False), (r"\boxed{1.33333}", r"\frac43", False, True), (r"\boxed{1.333}", r"\frac43", False, False),
     (r"\boxed{0.5}", "50", False, True), (r"\boxed{0.5}", r"50\%", False, True), (r"\boxed{5000}", "50", False, True), (r"\boxed{500}", "50", False, False),
+    (r"\boxed{50.004}", "50", False, True), (r"\boxed{50.01}", "50", False, False),
     (r"\boxed{1.41421}", r"\sqrt2", False, True), (r"\boxed{(0.33333, 2)}", r"(\frac13,2)", False, True), (r"\boxed{7,5,3}", "3,5,7", False, False),
     ("It is 1,234.", "1234", False, True), ("", "4", False, False), ("no number", "4", False, False), (r"\boxed{}", "4", False, False), ("4", r"\boxed{4}", False, True)])
 def test_the_lenient_verdict_of_the_papers_evaluation(response, answer, strict, lenient):
@@ -1365,7 +1379,7 @@ MY_PROBLEMS = [{"problem": f"What is {a} + {b}?", "answer": a + b, "level": a % 
 def my_flags(folder, tmp_path):
     """An evaluation of a random model on five problems of one's own and on one more set, three samples each."""
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, MY_PROBLEMS)))
-    (tmp_path / "more.jsonl").write_text(json.dumps(MY_PROBLEMS[2]))
+    (tmp_path / "more.jsonl").write_text(json.dumps(MY_PROBLEMS[0]))                                      # another benchmark, another noise
     return lambda *more: ["--model", str(folder), "--benchmarks", "my.jsonl", "more.jsonl", "--data-dir", str(tmp_path), "--k", "3", "--temperature", "1",
                           "--max-response-tokens", "16", "--output", str(tmp_path / "e.json"), *map(str, more)]
 
@@ -1485,6 +1499,12 @@ def verdict(difference):
     differ = np.count_nonzero(difference)
     z = difference.mean() / (difference.std(ddof=1) / math.sqrt(len(difference)))
     return ["too", "few", "problems", "differ"] if differ < 6 else ["B", "is", "better"] if z > 2 else ["within", "noise"]
+
+
+@pytest.mark.parametrize("b, won, words", [(0.59, 20, "within noise"), (0.61, 20, "B is better"), (0.39, 0, "A is better"), (0.41, 0, "within noise"),
+                                           (0.9, 5, "too few problems differ")])
+def test_a_difference_counts_from_two_standard_errors_on(b, won, words):
+    assert evaluate.conclusion({"a": 0.5, "b": b, "stderr": 0.05, "won": won, "lost": 20 if b < 0.5 else 0}) == words
 
 
 def test_a_curve_of_a_run(folder, tmp_path, easy_reward, monkeypatch, capsys):
