@@ -1489,6 +1489,9 @@ def test_compare_pairs_the_problems(tmp_path, capsys):
     line = next(line for line in out.splitlines() if line.startswith("x "))
     assert line.split()[1:] == ["40", f"{100 * np.mean(a):.1f}", f"{100 * np.mean(b):.1f}", f"{100 * difference.mean():+.1f}",
                                 f"{100 * difference.std(ddof=1) / math.sqrt(40):.1f}", str(int(difference.sum())), "0", *verdict(difference)]
+    errors = [part.std(ddof=1) / math.sqrt(len(part)) for part in (difference, difference[:2])]
+    average = next(line for line in out.splitlines() if line.startswith("average")).split()
+    assert average[1] == "42" and average[5] == f"{100 * math.hypot(*errors) / 2:.1f}"
     assert "dtype is a in A, b in B" in out and "  Algebra" in out and "  Geometry" in out
     assert next(line for line in out.splitlines() if line.startswith("small")).split()[1] == "2" and "other" not in out
     with pytest.raises(SystemExit):
