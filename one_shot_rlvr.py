@@ -982,6 +982,20 @@ def load_checkpoint(run_dir, **parts) -> int:
     return step
 
 
+def prepare(policy, config) -> tuple:
+    """What training needs beside the policy: the reference (None without KL), the model that samples, the optimizer."""
+    bf16 = uses_bf16(policy.device, config)
+    ref_policy = frozen_copy(policy, bf16, like_autocast=True) if config.kl_coef else None
+    sampler = frozen_copy(policy, bf16) if bf16 else policy
+    weights = list(policy.parameters())
+    if config.offload_optimizer:
+        weights = [param.detach().to("cpu", copy=True) for param in weights]
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if config.activation_checkpointing:
+        recompute_layers(policy)                # after the copies, which would share its layers
+    return ref_policy, sampler, optimizer
+
+
 @contextlib.contextmanager
 def interrupts_held():
     """Hold Ctrl-C back until the block ends: a half-made update or log row is worse than a wait."""
@@ -1137,21 +1151,14 @@ def main(argv=None) -> None:
         fail(f"--prompts-per-step {config.prompts_per_step}: {num_processes} processes and --updates-per-batch "
              f"{config.updates_per_batch} do not share it evenly")
     policy, tokenizer = load_model(config.model)
-    device, bf16 = policy.device, uses_bf16(policy.device, config)
+    device = policy.device
     examples = with_prompts(examples, config, tokenizer)
     stop_ids = find_stop_ids(tokenizer, policy.generation_config)
     if not stop_ids:
         fail(f"--model {config.model}: neither tokenizer nor configuration names a token that ends a response")
     check_window(policy, config.max_prompt_tokens + config.max_response_tokens)
     check_head(policy, examples[0]["prompt"])
-    ref_policy = frozen_copy(policy, bf16, like_autocast=True) if config.kl_coef else None
-    sampler = frozen_copy(policy, bf16) if bf16 else policy
-    masters = list(policy.parameters())
-    if config.offload_optimizer:
-        masters = [param.detach().to("cpu", copy=True) for param in masters]
-    optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    if config.activation_checkpointing:
-        recompute_layers(policy)                # after the copies, which would share its layers
+    ref_policy, sampler, optimizer = prepare(policy, config)
 
     make_folder(run_dir, "--output-dir")
     lock = claim(run_dir / "lock") if rank == 0 else None
@@ -1160,7 +1167,8 @@ def main(argv=None) -> None:
         fail(f"--steps {config.steps}: the run is at step {done} already")
     # flags given with --resume hold, and not what the checkpoint's optimizer had
     optimizer.param_groups[0].update(lr=config.learning_rate, weight_decay=config.weight_decay)
-    copy_weights(policy.parameters(), masters)          # the checkpoint is the policy's; AdamW's copies follow
+    # the checkpoint is the policy's; AdamW's copies and the sampler follow
+    copy_weights(policy.parameters(), optimizer.param_groups[0]["params"])
     copy_weights(policy.parameters(), sampler.parameters())
     to_be_saved = lambda step: step % config.save_every == 0 or step == config.steps
     phase, started, resumed_at = "evaluating", time.time(), done

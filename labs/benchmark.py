@@ -190,12 +190,7 @@ class AtLength(StoppingCriteria):
 
 def ours(policy, prompt, config):
     """Sampling and update of one_shot_rlvr.py, as its main() calls them."""
-    bf16 = rl.uses_bf16(policy.device, config)
-    ref_policy = rl.frozen_copy(policy, bf16, like_autocast=True)
-    sampler = rl.frozen_copy(policy, bf16) if bf16 else policy
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate)
-    if config.activation_checkpointing:
-        rl.recompute_layers(policy)
+    ref_policy, sampler, optimizer = rl.prepare(policy, config)
 
     def turn(lengths):
         if policy.device.type == "cuda":
