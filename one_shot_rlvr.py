@@ -947,9 +947,18 @@ def keep_rows(path, wanted=lambda row: True) -> list:
     return rows
 
 
+@contextlib.contextmanager
+def as_os_error(path):
+    """torch and safetensors have errors of their own for a full disk."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path}: cannot be written, perhaps because the disk is full ({first_line(error)})") from error
+
+
 def save_model(folder, model, tokenizer) -> None:
     """An ordinary Hugging Face folder, under its final name only when it is whole."""
-    with atomically(folder) as temporary:
+    with atomically(folder) as temporary, as_os_error(folder):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
@@ -957,7 +966,8 @@ def save_model(folder, model, tokenizer) -> None:
 def save_checkpoint(run_dir, step, **parts) -> None:
     """All that --resume needs: the state of each part, policy and optimizer; what is random depends on (seed, step)."""
     (run_dir / "latest").mkdir(exist_ok=True)
-    with atomically(run_dir / "latest" / "state.pt") as temporary:
+    path = run_dir / "latest" / "state.pt"
+    with atomically(path) as temporary, as_os_error(path):
         torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
 
 

@@ -848,6 +848,20 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, mo
         assert same_weights(run / "step-000004", tmp_path / "whole" / "step-000004")
 
 
+def test_a_full_disk_has_one_error_and_leaves_the_checkpoint_whole(folder, tmp_path, easy_reward, monkeypatch, capsys):
+    rl.main(run_flags(folder, tmp_path / "run", "--steps", 2))
+    before = (tmp_path / "run" / "latest" / "state.pt").read_bytes()
+
+    def full(state, path):
+        Path(path).write_bytes(before[:99])
+        raise RuntimeError("unexpected pos 99 vs 88")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        rl.as_a_command(lambda: rl.main(["--output-dir", str(tmp_path / "run"), "--resume", "--steps", "4"]))
+    assert stop.value.code == 2 and "disk is full (unexpected pos" in capsys.readouterr().err
+    assert (tmp_path / "run" / "latest" / "state.pt").read_bytes() == before
+
+
 def test_rewards_are_left_unscaled_if_so_wanted(folder, tmp_path, easy_reward):
     rl.main(run_flags(folder, tmp_path / "run", "--no-scale-rewards"))
     advantages = {abs(row["advantage"]) for row in read_jsonl(tmp_path / "run" / "samples.jsonl")}
