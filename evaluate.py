@@ -415,11 +415,10 @@ def as_lenient(result) -> dict:
     return {**result, "benchmarks": benchmarks, "average": result["average_lenient"]}
 
 
-def evaluate_to_file(model_name, output, benchmarks, settings, slots=None, cuda_graph=True, lenient=False) -> dict:
+def evaluate_to_file(model_name, output, benchmarks, settings, slots=None, cuda_graph=True) -> dict:
     """An evaluation with its files, OUTPUT.json and the responses in OUTPUT.jsonl; goes on with one that was stopped.
 
-    The .json is there from the start, without results: it says with which settings the responses are sampled. `lenient`
-    puts the lenient figures in the place of the strict ones in what is returned, not in the file.
+    The .json is there from the start, without results: it says with which settings the responses are sampled.
     """
     make_tiny_base(model_name)
     header = {"model": model_name, "weights_crc32": crc_of_weights(model_name), "settings": settings}
@@ -431,7 +430,7 @@ def evaluate_to_file(model_name, output, benchmarks, settings, slots=None, cuda_
         fail(f"{responses_path} holds responses, but {output} with their settings is gone; name another --output")
     if result["average"] is not None:
         print(f"{output} holds this evaluation already")
-        return as_lenient(result) if lenient else result
+        return result
     model, tokenizer = load_model(model_name, getattr(torch, settings["dtype"]))
     first = encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], EVAL_SYSTEM)
     say_once(f"first prompt:\n{describe_prompt(tokenizer, first, find_stop_ids(tokenizer, model.generation_config))}")
@@ -444,7 +443,7 @@ def evaluate_to_file(model_name, output, benchmarks, settings, slots=None, cuda_
                                        responses_path=responses_path)
         result = {**header, **measure_all(rows, benchmarks), "tokens_per_second": speed}
         write_json(output, result)
-    return as_lenient(result) if lenient else result
+    return result
 
 
 def curve(run, output, evaluate_step) -> None:
@@ -534,8 +533,10 @@ def main(argv=None) -> None:
     responses_path = output.with_suffix(".jsonl")
     if any(Path(name).resolve() == responses_path.resolve() for name in names):
         fail(f"--output {output}: the responses would go into the benchmark {responses_path}; name another")
-    run_one = functools.partial(evaluate_to_file, benchmarks=benchmarks, settings=settings, slots=args.slots,
-                                cuda_graph=args.cuda_graph, lenient=args.lenient)
+
+    def run_one(model_name, output):
+        result = evaluate_to_file(model_name, output, benchmarks, settings, args.slots, args.cuda_graph)
+        return as_lenient(result) if args.lenient else result                   # the file always holds both
     try:
         if args.run:
             return curve(args.run, output, run_one)

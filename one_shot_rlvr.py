@@ -1181,10 +1181,11 @@ def main(argv=None) -> None:
     copy_weights(policy.parameters(), optimizer.param_groups[0]["params"])
     copy_weights(policy.parameters(), sampler.parameters())
     to_be_saved = lambda step: step % config.save_every == 0 or step == config.steps
+    step_folder = lambda step: run_dir / f"step-{step:06d}"
     phase, started, resumed_at = "evaluating", time.time(), done
     if rank == 0:
-        if done and to_be_saved(done) and not (run_dir / f"step-{done:06d}").exists():
-            save_model(run_dir / f"step-{done:06d}", sampler, tokenizer)        # the run was killed just before
+        if done and to_be_saved(done) and not step_folder(done).exists():
+            save_model(step_folder(done), sampler, tokenizer)        # the run was killed just before
         logged = set_up_files(run_dir, config, done, prompt=tokenizer.decode(examples[0]["prompt"]), stop_ids=stop_ids,
                               device=str(device), processes=num_processes)
         introduce(config, examples, tokenizer, stop_ids, f"{num_processes} x {device}")
@@ -1227,7 +1228,7 @@ def main(argv=None) -> None:
                     if to_be_saved(step):
                         # in this order: a step whose folder is there is never made again
                         save_checkpoint(run_dir, step, policy=policy, optimizer=optimizer)
-                        save_model(run_dir / f"step-{step:06d}", sampler, tokenizer)       # on CUDA bf16: half the disk
+                        save_model(step_folder(step), sampler, tokenizer)       # on CUDA bf16: half the disk
             phase = "evaluating"
             if rank == 0:
                 evaluate_if_due(config, step, sampler, tokenizer, benchmarks, run_dir)
@@ -1244,7 +1245,7 @@ def main(argv=None) -> None:
     finally:
         if rank == 0:
             lock.close()
-    final = run_dir / f"step-{config.steps:06d}"
+    final = step_folder(config.steps)
     preset = " --preset tiny" * (config.preset == "tiny")
     print(f"done: {final} is a Hugging Face model folder; measure it with\n"
           f"    python evaluate.py{preset} --model {final}")
