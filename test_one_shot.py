@@ -5,6 +5,7 @@ which bug of a public implementation, or which accident of a user, the test woul
 
     pytest
 """
+import cmath
 import copy
 import gc
 import hashlib
@@ -22,6 +23,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported, which waits for a network
 
 import one_shot_rlvr as rl  # before torch, as in the scripts
 import evaluate
@@ -228,7 +231,7 @@ def test_stop_ids_are_the_union_of_three_sources(tokenizer):
 # -- 2. Rollouts -------------------------------------------------------------------------
 
 def slow_generate(model, prompts, max_response_tokens, temperature, stop_ids, noise):
-    """No cache, no batch: the whole sequence again for every token; noise picks from the cumulative softmax."""
+    """No cache, no batch: the whole sequence again for every token; noise picks from the softmax."""
     responses = []
     for prompt, row in zip(prompts, noise):
         response = []
@@ -325,7 +328,8 @@ def test_rounding_leads_to_no_weight_of_0_and_not_past_the_end(target, index):
 
 def test_noise_is_new_in_each_step_and_the_same_when_made_again(folder, tmp_path, monkeypatch):
     seen, real = [], rl.generate
-    monkeypatch.setattr(rl, "generate", lambda *a, noise, **k: seen.append(noise) or real(*a, noise=noise, **k))
+    monkeypatch.setattr(rl, "generate",
+                        lambda *args, **kwargs: seen.append(kwargs["noise"]) or real(*args, **kwargs))
     for run, seed in (("a", 0), ("b", 1), ("c", 0)):
         rl.main(run_flags(folder, tmp_path / run, "--seed", seed))
     assert len({float(noise[0, 0]) for noise in seen}) == 8 and seen[0].shape == (8, 12)
@@ -358,12 +362,301 @@ def test_logits_that_are_not_finite_end_sampling(cuda_graph):
     model = random_model()
     model.model.norm.weight.data[0] = math.nan
     with pytest.raises(SystemExit, match="not finite"):
-        rl.generate(model, PROMPTS, max_response_tokens=4, temperature=1.0, stop_ids=[3], cuda_graph=cuda_graph)
+        rl.generate(model, PROMPTS, max_response_tokens=4, temperature=1.0, stop_ids=[3],
+                    cuda_graph=cuda_graph)
 
 
 # -- 3. Reward ---------------------------------------------------------------------------
 
-# MERGE ANSWERS
+# {kind: rows (gold, right answers, wrong answers)}, answers parted by " | "
+ANSWERS = {
+    "numbers by value": [
+        ("12.8", r"12.8 | 64/5 | \frac{64}{5} | 12.80 | 12\frac45 | 1.28e1",
+         r"12.7 | 12.70 | 12.699 | 8\sqrt[3]{4} | 13 | -12.8"),
+        ("27.0", r"027 | 27 | 27. | \sqrt[3]{19683} | 3^3", "2.7 | 270 | 27.01"),
+        (r"\frac12", r".5 | 0.5 | 1/2 | \dfrac{1}{2} | \tfrac12 | \frac 12 | \frac{-1}{-2} | ½ | 2^{-1}",
+         r"\frac21 | 0.51 | \frac1{2.1}"),
+        (r"\frac{4}{3}", r"\frac{8}{6} | 1\frac13 | \frac{\frac43}{1}",
+         r"1.3333 | 1.33333333333333 | \frac{3}{4}"),
+        (r"-\frac{2023}{2024}", r"-\frac{2023}{2024} | -2023/2024 | \frac{-2023}{2024}",
+         r"\frac{2023}{2024} | -\frac{2024}{2023}"),
+        ("7/2", r"3 1/2 | 3\frac{1}{2} | 3.5", r"31/2 | 1.5 | 3\frac{2}{1}"),
+        ("3", r"\sqrt[3]{27} | 9^{1/2} | 2+1 | \sqrt{3}\sqrt{3} | 3\  | 3. | $3$ | \( 3 \)",
+         r"-3 | \sqrt{3} | 3! | 3x"),
+        (r"\frac{22}{7}", r"\frac{44}{14}", r"\pi | 3.142857142857"), ("-1", "i^2", "i | 1"),
+        ("2^{1009}", r"2\cdot 2^{1008} | 2^{1009}", "2^{1010}"), ("5", "+5 | {5}", "4=5 | 5 5"),
+    ],
+    "scientific notation": [
+        ("1.5e-3", r"1.5 \times 10^{-3} | 0.0015 | 1.5\cdot10^{-3} | 1.5E-3", "1.5e3 | 1.5"),
+        ("4.5e33", r"4.5 \times 10^{33} | 4.5 \times 10^{33} \text{ erg/s} | 4.5\times10^{33} erg/s | "
+         "4.5E+33", r"4.5 \times 10^{32}"),
+        (r"3\pi\cdot 10^{-27}", r"3\cdot\pi\cdot 10^{-27}", r"2\pi\cdot 10^{-27} | 0"),
+    ],
+    "thousands": [
+        ("1234", r"1,234 | 1{,}234 | 1,\!234 | 1\,234", "12,34 | (1,234) | 1, 234 | 1"),
+        (r"$\$58,500$", r"58500 | \$58,500 | 58,500", "58 | 58,5"), ("472/10000", "472/10,000", "472/10"),
+        ("500", r"\frac{1,000}{2}", r"\frac{1}{2}"), ("24", "24", "2,4"), ("4", "4", "4,000"),
+        ("12345", "12,345", "1,234,5"),
+    ],
+    "percent, currency, degrees": [
+        (r"12\%", r"12 | 12\% | 12%", "0.12"), ("75", r"75\%", r"0.75\% | 7.5"),
+        (r"\$36", r"36 | 36 \text{ dollars}", "0.36"),
+        ("90", r"90^\circ | 90^{\circ} | 90°", r"\frac{\pi}{2}"),
+        (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ | \frac{270}{7}", r"\frac{270}{7}\text{ days}"),
+        (r"\frac{180}{7}", r"\frac{180^\circ}{7}", r"\frac{7}{180}"), ("45", "45", r"4^\circ 5"),
+        (r"5.4 \text{ cents}", r"5.4 | 5.4\text{ cent}", r"\$5.4 | 54"),
+    ],
+    "units": [
+        (r"15\mbox{ cm}^2", r"15 | 15 \text{ cm}^2 | 15\,\mathrm{cm}^{2} | 15cm^2",
+         r"15\text{ cm}^3 | 15\text{ m}^2 | 15 \text{ cm}"),
+        ("12.8", r"12.8 mph | 12.8 \text{ miles per hour} | 12.8\,\mathrm{mph}",
+         r"12.8 \text{ million} | 12.7 \text{ mph}"),
+        (r"5\text{ m}", r"5\text{ meters} | 5 \text{ metre} | 5", r"5\text{ mm} | 5\text{ km} | 5\text{ s}"),
+        ("6630", r"6630\text{ \AA} | 6630 \AA | 6630\ \mathrm{Å}", r"663\text{ \AA}"),
+        ("300", r"300\,\mu\text{m} | 300\text{ K}", r"300\mu"),
+        ("9.8", r"9.8\mathrm{~m}/\mathrm{s}^{2} | 9.8 m/s^2 | 9.8\text{ m/s}^2", "9.8 x/y"),
+        ("15000", r"15000\text{ kcal m}^{-2}\text{ yr}^{-1}", r"15000\text{ k}"),
+        ("12", r"12 m/s | 12\text{ apples}", r"12\text{ quadrillion} | 12\text{ dozen}"),
+        ("3", "3", r"3\text{ quarters}"),
+        ("5", r"5 \text{ paths} | 5\text{ months}",
+         r"5\text{ below zero} | 5 \text{ million} | 5\text{ or }6"),
+        ("2km", r"2\text{ km}", "2 k m"), ("6", "6", "6m"),
+        (r"4\text{ cm}", "4 | 4 cm", r"\text{ cm} | 4\text{ kg}"),
+        (r"45^{\circ}30'", r"45^\circ30'", r"45^\circ"),
+    ],
+    "names": [
+        ("5", r"x=5 | AB = 5 | x = 3+2 = 5 | \text{Area}=5", "x=6 | x= | 2x=5 | 4=5"),
+        ("x=5", "5", "y=5 | x=-5"), ("7", "f(3) = 7", "f(7)=3"),
+        ("[-2,7]", r"x \in [-2,7]", r"x\notin[-2,7]"), ("(1,2)", "(x,y)=(1,2)", "(x,y)=(2,1)"),
+        ("2x", "f(x)=2x", "f(x)=2y"), ("12.8", "V_{max} = 12.8", r"V_{max} \ne 12.8"),
+        ("4", "4", r"\not=4 | \neg=4 | \text{Not}=4 | \lnot=4 | \text{It is not}=4 | n\ne 4"),
+    ],
+    "tuples and intervals in their order": [
+        ("(1,2)", r"(1, 2.0) | \left(1,2\right)", "(2,1) | [1,2] | 1,2 | (1,2,3) | (1,,2)"),
+        ("[1,2]", "[1, 4/2]", "[2,1] | [1,2) | (1,2)"),
+        (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right) | (3, pi/2)", r"(\frac{\pi}{2},3)"),
+        ("(0,2]", "(0,2]", "(0,,2] | (0,2)"), ("(A, a)", "(A,a)", "(a, A)"),
+        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} | "
+         r"\begin{pmatrix} 1 & 4/2 \\ 3 & 4 \\ \end{pmatrix}",
+         r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix} | \begin{pmatrix} 3 & 4 \\ 1 & 2 \end{pmatrix}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\left(\begin{array}{c}1\\2\end{array}\right) | "
+         r"\begin{bmatrix} 1\\2 \end{bmatrix}",
+         r"\begin{pmatrix} 1 & 2 \end{pmatrix} | \begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
+    ],
+    "lists, sets and unions in any order": [
+        (r"\{1,2\}", r"\{2,1\} | 1,2 | 2, 1 | 1 \text{ and } 2 | 2 or 1 | 1;2",
+         "1 | 1,2,3 | 1,1 | 1,2, | 12"),
+        ("3, 5, 7", "7,5,3 | 7, 3 and 5", "3,5 | 3,5,5 | 3,3,5,7"),
+        (r"1\pm\sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19} | 1 \pm \sqrt{19}",
+         r"1+\sqrt{19} | 1\pm\sqrt{18} | 1+\sqrt{19},1+\sqrt{19}"),
+        (r"1\pm\sqrt{5},-2", r"\{1\pm\sqrt5,-2\} | -2, 1-\sqrt5, 1+\sqrt5", r"1\pm\sqrt5,2"),
+        (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)",
+         r"(-\infty,2) | (-\infty,2)\cup(3,\infty] | (2,-\infty)\cup(3,\infty)"),
+        (r"x=2\text{ or }x=-7", "x=-7, x=2 | 2,-7 | -7, 2", "x=7,x=2"), ("x=5, y=6", "y=6, x=5", "x=6, y=5"),
+        ("1,2", "x=1, x=2 | x=2,x=1", "(1,2)"),
+        ("(1,2),(3,4)", "$(1,2)$, $(3,4)$ | (3,4),(1,2)", "(2,1),(3,4) | (1,2,3,4)"),
+        (r"\pm 2", "2,-2 | -2, 2", "2"), ("4", "4", "4 or 5 | 4,4"),
+    ],
+    "letters as they are written": [
+        (r"\frac{m}{M}", r"\frac{m}{M} | m/M | \frac{2m}{2M}", r"\frac{M}{m} | 1"),
+        ("a^2-A^2", "(a-A)(a+A) | -A^2+a^2", "A^2-a^2 | 0"), ("2k+K", "K+2k", "2K+k | 3k"),
+        ("e^{-E}", r"\frac{1}{e^E}", "E^{-e}"), ("x_1", "x_{1}", "x | x1 | x_2"),
+        (r"\pi r", r"\pi  r | r\pi", r"\pi R"), (r"2\pi", "2pi | pi*2", "2p | 6.28318530718"),
+        (r"\frac{\pi}{2}", r"pi/2 | \frac12\pi", r"\frac{p}{2}"), ("52_8", "52_{8}", "52 | 52_9 | 42"),
+        (r"\sqrt2", r"\sqrt{2} | 2^{1/2} | √2", "1.41421356237 | 2"),
+    ],
+    "expressions by value": [
+        (r"\frac{5\sqrt{3}}{3}", r"5\sqrt{3}/3 | \frac{5}{\sqrt3}", r"\frac{5}{3}"),
+        (r"3\sqrt{13}", r"\sqrt{117}", r"\sqrt{118}"),
+        (r"\frac{11+9a}{20}", r"\frac{9a+11}{20}", r"\frac{9+11a}{20}"),
+        ("6r^2-4r-24", "2(3r^2-2r-12)", "2(3r^2-2r+12)"), (r"1+3i\sqrt2", r"3\sqrt{2}i+1", r"1-3i\sqrt2"),
+        ("x^2+x", "x(x+1) | x² + x", "x(x+2)"), (r"\frac13[a+b]", r"\frac{a+b}{3}", r"\frac{a-b}{3}"),
+        ("|x|", r"\lvert x\rvert | \vert x\vert", "x"),
+        (r"\frac{d !}{2 k(d-k) !}", r"\frac{d!}{2k(d-k)!}", r"\frac{d!}{2k(k-d)!}"),
+        (r"I(0) e^{-\frac{t}{R C}}", r"I(0) e^{-\frac{t}{RC}}", r"-I(0) e^{-\frac{t}{RC}} | 0"),
+        ("2n", r"$2 n$ | 2\,n", "n2n"), ("x", "x", r"2\frac{1}{2}x | 1x1"),
+    ],
+    "functions": [
+        (r"\ln 2", r"\ln(2) | \ln{2} | ln 2", r"\ln 3 | 0.69314718056"),
+        (r"\frac{\cos (2 t)}{15}", r"\frac{\cos 2t}{15}", r"\frac{2\cos t}{15}"),
+        (r"\cot x", r"\frac{1}{\tan x}", r"\tan x"), (r"\tan^2 y+1", r"\sec^2 y", r"\sec^2 x"),
+        (r"\log_2 3", r"\log_{2}{3} | \log_2(3)", r"\log_3 2 | \log 3"),
+        (r"(\sin x)^2", r"\sin^2 x | 1-\cos^2 x", r"\sin x^2 | \sin^2 X"),
+        (r"3\log 2", r"\log 8", r"2\log 3"), (r"\log 2+\log 3", r"\log 6", r"\log 5"),
+        (r"\log x+\log y", r"\log y+\log x", r"\log(x+y)"),
+        (r"\frac{1}{2}(e^{at}+e^{-at})", r"\cosh(at)", r"\sinh(at)"),
+        (r"\arctan(x/2)", r"\arctan(\frac{x}{2})", r"\frac{\arctan(x)}{2}"),
+        ("f(2x)", "f(2x)", "2f(x) | f(x2)g"),
+        (r"\lfloor\frac{2n}{3}\rfloor+1", r"1+\lfloor 2n/3 \rfloor | \left\lfloor\frac{2n}{3}\right\rfloor+1",
+         r"2\lfloor\frac{n}{3}\rfloor+1 | \lceil\frac{2n}{3}\rceil+1 | \frac{2n}{3}+1"),
+        (r"\lceil n/2\rceil+1", r"1+\lceil\frac n2\rceil", r"\lfloor n/2\rfloor+1"),
+        (r"\sum k^2", r"\sum k^2", r"k\sum k"), ("np.arcsin(10/13)", "np.arcsin(10/13)", "np.arcsin(13/10)"),
+    ],
+    "relations": [
+        ("y = 2x + 3", "2x-y+3=0 | y=3+2x | 2y=4x+6", "y=2x-3 | y=2x+3=0"),
+        ("5x - 7y + 11z + 4 = 0", "-5x+7y-11z-4=0", "5x-7y+11z=4"), ("SRMC=MR", "MR=SRMC", "MR=SRMR"),
+        (r"m \dot v+b v=f", r"m\dot{v}+bv=f", r"m\dot{v}-bv=f"),
+        (r"\frac{dx}{dt}=kx-a", r"\frac{dx}{dt}=kx-a", r"\frac{x}{t}=kx-a"),
+        (r"a\mid b", r"a\mid b", r"b\mid a"), (r"A\subset B", r"A\subset B", r"B\subset A"),
+        (r"x\le 4", r"x<=4 | x \leq 4 | 4\ge x | x ≤ 4", r"x<4 | x\ge 4 | 4"),
+        (r"n\ne 0", "n != 0 | n ≠ 0", "n=0"), (r"x\ge 3", r"3\le x | x\geqslant 3", r"x\le 3 | x>3"),
+        ("5", "5", r"> 5 | \approx 5"),
+    ],
+    "words, choices, fonts": [
+        (r"\text{Evelyn}", "evelyn | Evelyn", "Eve"),
+        (r"\text{(C)}", r"C | c | \textbf{(C)} | (C)", "(B) | A, B, C, D"),
+        (r"\text{odd}", r"\text{odd.} | odd", r"\text{even}"), ("east", "east", "seat"),
+        ("25.0", r"\mathbf{25} | \text{50/2} | \text{25}", r"\text{2 or 5}"),
+        ("2", "2", r"\text{2 or 5} | 2\mathrm{i}"), (r"2\mathrm{i}", "2i", "2"), ("1/4", "¼", "4"),
+        (r"\sqrt{10}", "√10", "10"), ("-3", "−3", "3"),
+    ],
+}
+PAIRS = [pytest.param(gold, box, verdict, id=f"{kind}: {box} ~ {gold}") for kind, rows in ANSWERS.items()
+         for gold, *both in rows for verdict, boxes in zip((True, False), both) for box in boxes.split(" | ")]
+HOSTILE = [box for line in r"""9^{9^{9^{9}}} | 9^9^9^9 | 1e999999 | 1e999 | 10^{999999999} | 200!!
+    (((3!)!)!)! | A, B, C, D
+    4\text{ or 5} | 4 \text{ and } 5 | 3, 4, 5 | 4, 5 | 4 or 5 | 4;5 | 4, | 4 5 | 4=5 | [4] | 4\pm 0.1
+    4\text{ to }5 | \neq 4
+    \approx 4 | > 4 | 4... | 4/ | 4^ | 4e | NaN | nan | inf | \infty | -\infty | 0_4 | 4_0 | 1_2 | 0x4
+    print(4) | 4//1 | 0%4
+    __import__('os') | 4 if 1 else 5 | 4.0000000000000000001 | 3.9999999999999999999 | 1/0 | \frac{4}{0}
+    \ln 0 | 0^{-1} | 4x
+    \text{not }4 | 4 \text{ million} | 4 \text{ (or 5)} | 4\mathrm{i} | 4_{10} | 4\cup 5 | 4\\5 | 4&5 | 400
+    0.04 | 4\text{ k}
+    4\unit{or 5} | 4\text{ cm}\text{or 5} | 4\text{ feet}\frac{1}{2} | 4 feet \approx {5}
+    4\text{ m}\phantom{5} | 4\text{ bn}
+    4 \text{ Million} | 4\text{ Or six} | 4\text{ fifths} | 4\text{ point six} | 4\text{ twelfths}
+    4\text{ less six} | \boxed{5}
+    \binom{4}{2} | \frac{d4}{d1} | 4\frac{0}{1}x | \sin 4 | 4\%\text{ of }5 | f(4) | \lfloor 4.5
+    4\text{ m}/5 | (4 | 4)
+    """.splitlines() for box in line.strip().split(" | ") if box] + [
+    "{" * 400 + "}" * 400, "(" * 300 + "4" + ")" * 300, "3^{9999}" * 90, "(2/3)^{999}" * 60,
+    r"\sqrt" * 190 + "4", "-" * 500 + "5",
+    "\uff14", "\u0664", "4\u00b2", "1" * 100_000, r"\frac{" * 20_000 + "}" * 20_000,
+    "{" * 100_000 + "}" * 100_000,
+    r"\text{a}" * 20_000, "4," * 50_000, " " * 100_000, "(" * 100_000, "4" + "!" * 99, "|" * 300,
+    r"\text{" * 60, "a_" * 190,
+    "_{1}" * 99, r"\lfloor " * 50 + "4", "1,234" * 70, r"\sin " * 80 + "4", "((((4))))^" * 39,
+    "9^" * 199 + "9", "-" * 391 + "4"]
+
+@pytest.mark.parametrize("gold, box, verdict", PAIRS)
+def test_answers(gold, box, verdict):
+    assert rl.is_correct(rf"Thus the answer is $\boxed{{{box}}}$.", gold) is verdict
+
+@pytest.mark.parametrize("box", HOSTILE, ids=lambda box: box[:30].encode("unicode_escape").decode())
+def test_hostile_answer_is_wrong_and_quick(box):
+    start = time.perf_counter()
+    assert rl.is_correct(rf"\boxed{{{box}}}", "4") is False
+    assert time.perf_counter() - start < 0.5  # it takes a few ms; a quadratic scan, seconds
+
+
+@pytest.mark.parametrize("answer", [gold for rows in ANSWERS.values() for gold, *_ in rows] + [
+    "2516_8", r"$(-\infty, 0) \cup\{1\}$.", r"864 \mbox{ inches}^2", r"\div", r"$221,$8$", r"$8 \%$",
+    r"\binom{n}{2}",
+    r"\omega_{n}^{2} e^{-\zeta \omega_{n} t} \cos \left(\omega_{n} \sqrt{1-\zeta^{2}} t\right)"])
+def test_an_answer_equals_itself(answer):
+    assert rl.is_correct(rf"\boxed{{{answer}}}", answer)
+    assert rl.is_correct(rf"\boxed{{ {answer} }}", rf"\boxed{{{answer}}}")
+
+@pytest.mark.parametrize("text, content", [
+    (r"\boxed{5}", "5"), (r"first \boxed{5}, then \boxed{6}", "6"), (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+    ("no box", None), ("", None), (r"\boxed 5", None), (r"\fbox{5}", "5"), (r"\boxed {5}", "5"), (r"\boxed{5",
+    None),
+    (r"\boxed{5} and \boxed{6", "5"), (r"\boxed{5} and \boxed 6", "5"), (r"\boxed{}", ""), (r"\boxed{5}}}",
+    "5"),
+    (r"\boxed{\boxed{12.8}}", "12.8"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{a\boxed{b", None),
+    (r"\boxed{1 \boxed{2}", "2"), (r"\boxed{[1, 2)\}}", r"[1, 2)\}")])
+def test_extract_boxed(text, content):
+    assert rl.extract_boxed(text) == content
+
+@pytest.mark.parametrize("piece", ["{", "}", "\\", r"\boxed{", r"\boxed{4}", r"\boxed", "{}", r"\{"])
+def test_extract_boxed_is_linear(piece):
+    start = time.perf_counter()
+    rl.extract_boxed(r"\boxed{" + piece * (20_000 if "boxed" in piece else 100_000))
+    assert time.perf_counter() - start < 1  # a quadratic scan takes minutes
+
+def test_odd_arguments_are_wrong_but_do_not_raise():
+    assert not any(rl.is_correct(*pair) for pair in [
+        (None, "4"), ("", "4"), (r"\boxed{4}", None), (r"\boxed{4}", ""), (r"\boxed{4}", "  "), (r"\boxed{}",
+        ""),
+        (r"\boxed{ }", "4"), (b"4", 4), (4, 4), ([], {}), (r"\boxed{4}", r"\boxed{}"),
+        (r"\boxed{nan}", float("inf"))])
+    assert rl.is_correct(r"\boxed{4}", 4) and rl.is_correct(r"\boxed{4}", 4.0)
+
+def test_never_raises_on_random_latex():
+    rng = random.Random(0)
+    pieces = r"""\frac { } ( ) [ ] \sqrt ^ _ 1 2 4 . , e i x \pi \text{ \text{cm} \, \left \right = \pm
+        \cup \\ & % \%
+        \begin{pmatrix} \end{pmatrix} $ \$ ! \sin \log _{ ^{ - + / * \{ \} or and cm \circ \boxed{ \in 9999
+        e99 I(0)
+        """.split() + [" ", "\n", "\\", "\x00", "\ud800", "\u00e9", "\uff14"]
+    for _ in range(3000):
+        box = "".join(rng.choices(pieces, k=rng.randint(1, 30)))
+        assert isinstance(rl.is_correct(rf"\boxed{{{box}}}", rng.choice(["4", "x^2+1", "(1,2)", box])), bool)
+
+# {operator: its LaTeX, its value}; a tree is (operator, tree, ...), a number or a letter
+GRAMMAR = {"+": ("{}+{}", lambda x, y: x + y), "*": (r"({})\cdot({})", lambda x, y: x * y),
+           "-": ("{}-({})", lambda x, y: x - y), "/": (r"\frac{{{}}}{{{}}}", lambda x, y: x / y),
+           "^": ("({})^{{2}}", lambda x: x**2), "root": (r"\sqrt{{{}}}", cmath.sqrt),
+           "sin": (r"\sin({})", cmath.sin), "ln": (r"\ln({})", cmath.log), "cos": (r"\cos({})", cmath.cos),
+           "floor": (r"\lfloor {} \rfloor", lambda x: cmath.exp(x * x) + 7)}  # any function that is no other
+
+def random_tree(rng, depth):
+    if depth == 0 or rng.random() < 0.15:
+        return rng.choice([*range(1, 10), *"abxyABX"])
+    name = rng.choice([*"++**--//^", "root", "sin", "ln", "cos", "floor"])
+    return name, *(random_tree(rng, depth - 1) for _ in range(2 if name in "+*-/" else 1))
+
+def latex_of(tree):
+    return GRAMMAR[tree[0]][0].format(*map(latex_of, tree[1:])) if isinstance(tree, tuple) else str(tree)
+
+def value_at(tree, point):
+    """The oracle: no parser, just the tree; a letter is a number that the point makes of it."""
+    if isinstance(tree, tuple):
+        return GRAMMAR[tree[0]][1](*(value_at(part, point) for part in tree[1:]))
+    return tree if isinstance(tree, int) else complex(random.Random(f"{tree} {point}").uniform(0.5, 3))
+
+def rewritten(tree, rng):
+    """Another spelling of the same value."""
+    if not isinstance(tree, tuple):
+        return rng.choice([tree, ("-", ("+", tree, 3), 3), ("*", 1, tree)])
+    name, *parts = tree
+    parts = [rewritten(part, rng) if rng.random() < 0.4 else part for part in parts]
+    if name in "+*" and rng.random() < 0.7:
+        parts = parts[::-1]
+    return (name, *parts) if name != "-" or rng.random() < 0.5 else ("+", ("*", -1, parts[1]), parts[0])
+
+def mutated(tree, rng):
+    """One thing is another: a letter's case, a number, an operator, or two parts that change places."""
+    if not isinstance(tree, tuple):
+        return tree + 1 if isinstance(tree, int) else rng.choice([tree.swapcase(), "n", 2])
+    name, *parts = tree
+    if rng.random() < 0.6:
+        place = rng.randrange(len(parts))
+        return name, *parts[:place], mutated(parts[place], rng), *parts[place + 1:]
+    if len(parts) == 2:
+        return rng.choice([(name, *parts[::-1]), (rng.choice("+*-/"), *parts)])
+    return rng.choice([(rng.choice(["^", "root", "sin", "ln", "floor"]), *parts), ("*", 2, tree), parts[0]])
+
+def test_a_rewriting_is_right_and_a_mutation_is_wrong():
+    """2,000 random expressions: the obvious value of the tree says whether two of them are equal."""
+    rng, made = random.Random(0), Counter()
+    while made["rewritten"] + made["mutated"] < 2000:
+        tree = random_tree(rng, rng.randint(1, 3))
+        change = rng.choice([rewritten, mutated])
+        other = change(tree, rng)
+        try:
+            values = [[value_at(t, point) for point in range(4)] for t in (tree, other)]
+        except (ArithmeticError, ValueError):
+            continue
+        if max(abs(x) for x in sum(values, [])) > 1e6:
+            continue
+        equal = all(cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9) for x, y in zip(*values))
+        if change is mutated and not equal or change is rewritten and equal:
+            verdict = rl.is_correct(rf"\boxed{{{latex_of(other)}}}", latex_of(tree))
+            assert verdict is equal, (latex_of(tree), latex_of(other))
+            made[change.__name__] += 1
+    assert min(made.values()) > 500
 
 def test_reward_kinds():
     right, wrong, none = "so \\boxed{24}.", "so \\boxed{25}.", "so 24."
@@ -444,7 +737,7 @@ def test_loss_equals_the_slow_loop_with_gradients(settings):
 @pytest.mark.parametrize("advantage, ratio, gradient", [
     (1, 1.5, 0), (1, 0.5, -0.5), (1, 1.1, -1.1), (-1, 1.5, 1.5), (-1, 0.5, 0), (-1, 0.9, 0.9)])
 def test_clipping_on_both_sides(advantage, ratio, gradient):
-    """A < 0 keeps the larger loss: the maximum of the objective there clips what PPO keeps, and the reverse."""
+    """A < 0 keeps the larger loss: a maximum of the objective would clip there what PPO keeps."""
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     zero, A = torch.zeros(1, 1), torch.tensor([float(advantage)])
     loss, stats = rl.grpo_loss(logprobs, zero, zero, zero, A, torch.ones(1, 1), 1,
@@ -501,7 +794,7 @@ def test_kl_values_and_the_cut():
     assert kl.tolist() == [10, 10, 10] and torch.isfinite(far.grad).all()
 
 def test_gradients_of_the_kl_estimators():
-    """In expectation over the policy's own samples: k1 gives nothing, k2 the reverse KL, k3 the forward KL."""
+    """Expected over the policy's own samples: k1 gives nothing, k2 the reverse KL, k3 the forward KL."""
     g = torch.Generator().manual_seed(0)
     logits, ref = (torch.randn(6, generator=g, dtype=torch.float64) for _ in range(2))
     logits.requires_grad_()
@@ -567,11 +860,13 @@ def test_packing_never_changes_the_gradient(model, monkeypatch, loss_agg):
     settings = dict(grad_clip=1e9, loss_agg=loss_agg, kl_coef=0.3, entropy_coef=0.2, prompts_per_step=1,
                     group_size=7)
     ref_policy = random_model(seed=1)
-    whole, stats = gradient_of_update(model, rl.Config(token_budget=10**6, **settings), monkeypatch, ref_policy)
+    one_pack = rl.Config(token_budget=10**6, **settings)
+    whole, stats = gradient_of_update(model, one_pack, monkeypatch, ref_policy)
     assert stats["kl"] > 0.01
     for change in ({"token_budget": 1}, {"token_budget": 20}, {"token_budget": 31},
                    {"activation_checkpointing": True}):
-        split, split_stats = gradient_of_update(model, rl.Config(**settings, **change), monkeypatch, ref_policy)
+        config = rl.Config(**settings, **change)
+        split, split_stats = gradient_of_update(model, config, monkeypatch, ref_policy)
         assert torch.allclose(whole, split, rtol=1e-4, atol=1e-5)
         assert split_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
 
@@ -602,14 +897,16 @@ def test_micro_batches_keep_the_budget_and_every_row():
         packs = rl.micro_batches(batch_of(prompts, responses), rollouts, budget)
         assert sorted(sum(packs, [])) == sorted(rollouts)
         assert all(len(rows) == 1 or len(rows) * max(length[i] for i in rows) <= budget for rows in packs)
-        assert max(map(length.__getitem__, rollouts)) == length[packs[0][0]]  # memory runs out at once or never
+        # the longest first: memory runs out at once or never
+        assert max(map(length.__getitem__, rollouts)) == length[packs[0][0]]
 
 def test_several_updates_a_batch_move_the_ratio(model, monkeypatch):
     """The second update's ratio is against the policy that sampled, not against the policy itself."""
     policy, seen, real = copy.deepcopy(model), [], rl.update_policy
     config = rl.Config(updates_per_batch=2, learning_rate=1e-2, kl_coef=0.0, prompts_per_step=2, group_size=3)
     batch = batch_of(PROMPTS[:6], RESPONSES[:6])
-    monkeypatch.setattr(rl, "update_policy", lambda *args: seen.append((*args[4:7], real(*args))) or seen[-1][3])
+    monkeypatch.setattr(rl, "update_policy",
+                        lambda *args: seen.append((*args[4:7], real(*args))) or seen[-1][3])
     stats = rl.train_on(policy, None, torch.optim.AdamW(policy.parameters(), lr=1e-2), batch,
                         torch.tensor([1.0, -1, 0, 1, -1, 0]), config)
     logprobs, _, mask = rl.token_logprobs(model, batch.prompts, batch.responses, 0.6)
@@ -641,7 +938,7 @@ def test_a_run_leaves_its_files_and_is_never_overwritten(folder, tmp_path, capsy
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {"reward", "accuracy", "dead_groups", "entropy", "kl", "loss", "clip_frac", "ratio", "grad_norm",
             "response_length", "truncated_frac", "examples", "tokens_per_second"} <= set(rows[0])
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[3]["kl"] > 1e-4  # the policy leaves the reference
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[3]["kl"] > 1e-4
     assert {s["step"] for s in samples} == {1, 2, 3, 4} and {"text", "reward", "advantage"} <= set(samples[0])
     config = json.loads((run / "config.json").read_text())
     assert config["learning_rate"] == 1e-2 and config["stop_ids"] and config["versions"]["torch"]
@@ -677,7 +974,8 @@ def test_summary_of_a_step():
 
 def test_a_diverged_policy_ends_with_a_sentence_and_a_whole_checkpoint(folder, tmp_path, easy_reward):
     with pytest.raises(SystemExit, match="--learning-rate"):
-        rl.main(run_flags(folder, tmp_path / "run", "--learning-rate", "1e9", "--steps", 30, "--save-every", 1))
+        rl.main(run_flags(folder, tmp_path / "run", "--learning-rate", "1e9", "--steps", 30,
+                          "--save-every", 1))
     state = torch.load(tmp_path / "run" / "latest" / "state.pt")
     assert state["step"] == read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
 
@@ -722,7 +1020,8 @@ def test_help_shows_every_setting(capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--group-size", "1"], "--group-size 1"), (["--temperature", "0"], "--temperature 0"),
     (["--temperature", "nan"], "--temperature nan"), (["--steps", "many"], "--steps"),
-    (["--steps", "0"], "--steps 0"), (["--seed", "-1"], "--seed -1"), (["--clip-eps", "inf"], "--clip-eps inf"),
+    (["--steps", "0"], "--steps 0"), (["--seed", "-1"], "--seed -1"),
+    (["--clip-eps", "inf"], "--clip-eps inf"),
     (["--updates-per-batch", "3"], "--updates-per-batch 3"), (["--example", "pi99"], "pi99"),
     (["--reward", "maybe"], "--reward"), (["--learning-rate", "-1"], "--learning-rate -1"),
     (["--eval-every", "5"], "--eval"), (["--eval", "math500"], "--eval math500"),
@@ -761,7 +1060,8 @@ def test_what_goes_wrong_around_a_run_is_one_sentence(error, words, refused):
 
 # -- B. Files ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("more", [[], ["--precision", "bf16", "--offload-optimizer", "--updates-per-batch", "2"]])
+@pytest.mark.parametrize("more", [
+    [], ["--precision", "bf16", "--offload-optimizer", "--updates-per-batch", "2"]])
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, monkeypatch, more, easy_reward):
     """Killed after any file operation of steps 1 to 4: same weights, same log (nano-aha replays a batch)."""
     rl.main(run_flags(folder, tmp_path / "whole", *more))
@@ -809,7 +1109,8 @@ def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, 
     rl.main(run_flags(folder, run))
 
     def files():
-        return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in ("state.pt", "lock")}
+        return {path: path.read_bytes() for path in run.rglob("*")
+                if path.is_file() and path.name not in ("state.pt", "lock")}
     before, resume = files(), ["--output-dir", str(run), "--resume", "--steps", "6"]
     with FileLock(run / "lock"), pytest.raises(Timeout):
         rl.main(resume)
@@ -866,7 +1167,8 @@ def test_a_checkpoint_does_not_stay_mapped(folder, tmp_path, easy_reward, monkey
     """Windows cannot replace a file that is mapped: the next save of a resumed run would fail."""
     rl.main(run_flags(folder, tmp_path / "run", "--steps", 2))
     real, options = torch.load, []
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: options.append(kwargs) or real(*args, **kwargs))
+    monkeypatch.setattr(torch, "load",
+                        lambda *args, **kwargs: options.append(kwargs) or real(*args, **kwargs))
     rl.main(["--output-dir", str(tmp_path / "run"), "--resume", "--steps", "3"])
     assert [option["mmap"] for option in options] == [False]
 
@@ -1030,7 +1332,7 @@ def graphs(monkeypatch):
     return made
 
 def test_compiled_layers_compute_the_same_and_are_compiled_once(graphs, capsys):
-    """One layer is compiled and all use it, in all lengths: three graphs, for a step, another step, an update."""
+    """One layer is compiled and all use it, in all lengths: at most three graphs."""
     plain, options = random_model(), dict(max_response_tokens=20, stop_ids=[3, 17], temperature=0)
     model = copy.deepcopy(plain)
     rl.compile_layers(model)

@@ -22,15 +22,14 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import one_shot_rlvr as rl  # before torch, as in evaluate.py
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import one_shot_rlvr as rl  # noqa: E402
 
-
-# ---------------------------------------------------------------------------------------------------
-# 1. Critic
+# -- 1. Critic ---------------------------------------------------------------------------
 
 class Critic(torch.nn.Module):
     """The backbone of a model, and a head that starts at zero: at first every response is worth nothing."""
@@ -45,8 +44,8 @@ class Critic(torch.nn.Module):
     def forward(self, prompts, responses):
         """Value before each response token, and the mask of these tokens: (B, T) and 0 after the end."""
         hidden, _, mask = rl.hidden_states(self.model, prompts, responses)
-        with torch.autocast(hidden.device.type, enabled=False):         # a bf16 value has three digits
-            values = self.head(hidden.float()).squeeze(1)                                       # (M,)
+        with torch.autocast(hidden.device.type, enabled=False):  # a bf16 value has three digits
+            values = self.head(hidden.float()).squeeze(1)  # (M,)
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values), mask
 
 def score(critic, batch, rows, config):
@@ -56,8 +55,7 @@ def score(critic, batch, rows, config):
         return critic([batch.prompts[i] for i in rows], [batch.responses[i] for i in rows])
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2. Advantages
+# -- 2. Advantages -----------------------------------------------------------------------
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     """Rewards and values of response tokens (B, T) -> advantages, returns (B, T) (Schulman et al., 2016).
@@ -87,23 +85,22 @@ def token_advantages(critic, batch, config, gamma, lam) -> tuple:
         for rows in rl.micro_batches(batch, range(N), config.token_budget):
             for i, values, mask in zip(rows, *score(critic, batch, rows, config)):
                 old_values[i] = values[mask]
-    values = pad_sequence(old_values, batch_first=True)                                         # (N, T)
+    values = pad_sequence(old_values, batch_first=True)  # (N, T)
     lengths = torch.tensor([len(response) for response in batch.responses], device=values.device)
     mask = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
-    rewards = torch.zeros_like(values)                      # the reward comes with the last token
+    rewards = torch.zeros_like(values)  # the reward comes with the last token
     rewards[range(N), lengths - 1] = torch.tensor(batch.rewards, device=values.device)
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     advantages = whiten(advantages, mask)
     return old_values, *([row[kept] for row, kept in zip(x, mask)] for x in (advantages, returns))
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. Value loss
+# -- 3. Value loss -----------------------------------------------------------------------
 
 def value_loss(values, old_values, returns, mask, num_tokens, clip):
     """1/2 max((V - R)^2, (clip(V, old V +- clip) - R)^2), the mean over tokens -> (scalar, stats)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    error, clipped_error = (values - returns).square(), (clipped - returns).square()            # (B, T)
+    error, clipped_error = (values - returns).square(), (clipped - returns).square()  # (B, T)
     loss = 0.5 * (torch.max(error, clipped_error) * mask).sum() / num_tokens
     return loss, {"value_loss": loss.detach(), "value": (values.detach() * mask).sum() / num_tokens}
 
@@ -114,8 +111,8 @@ def update_critic(critic, optimizer, batch, rollouts, old_values, returns, confi
     num_tokens = int(rl.sum_over_processes(torch.tensor(num_tokens, device=device)))
     for rows in rl.micro_batches(batch, rollouts, config.token_budget):
         values, mask = score(critic, batch, rows, config)
-        loss, parts = value_loss(values, rl.padded(old_values, rows, device), rl.padded(returns, rows, device),
-                                 mask, num_tokens, clip)
+        loss, parts = value_loss(values, rl.padded(old_values, rows, device),
+                                 rl.padded(returns, rows, device), mask, num_tokens, clip)
         loss.backward()
         for name, value in parts.items():
             stats[name] += value
@@ -127,8 +124,7 @@ def update_critic(critic, optimizer, batch, rollouts, old_values, returns, confi
     return {name: float(value) for name, value in stats.items()}
 
 
-# ---------------------------------------------------------------------------------------------------
-# The run
+# -- The run -----------------------------------------------------------------------------
 
 def parse_args(argv=None) -> tuple:
     """The flags of PPO and, in a Config, those of one_shot_rlvr.py."""
@@ -139,13 +135,10 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--critic-updates", type=int, default=8,
                         help="steps of the critic on each batch, each on another part of it (default: 8)")
     parser.add_argument("--value-clip", type=float, default=0.5, help="how far a value moves (default: 0.5)")
-    flags, argv = parser.parse_known_args(argv)
-    config = rl.parse_args(argv)
-    for name, least in {"gamma": 0, "lam": 0, "critic_learning_rate": 1e-30, "value_clip": 1e-30}.items():
-        value = getattr(flags, name)
-        if value is not None and not least <= value <= 1e9:
-            rl.fail(f"--{name.replace('_', '-')} {value}: use a number from {least:g} to 10^9")
-    if flags.critic_updates < 1 or config.prompts_per_step % flags.critic_updates:
+    flags, others = parser.parse_known_args(rl.words_of(argv))
+    config = rl.parse_args(others)
+    rl.check_numbers(vars(flags), {"gamma": 0, "lam": 0, "critic_learning_rate": 1e-30, "value_clip": 1e-30})
+    if config.prompts_per_step % flags.critic_updates:
         rl.fail(f"--critic-updates {flags.critic_updates} must divide --prompts-per-step "
                 f"{config.prompts_per_step}")
     if config.resume:
@@ -162,8 +155,8 @@ def main(argv=None) -> None:
         rl.recompute_layers(critic.model)
     learning_rate = flags.critic_learning_rate or (1e-3 if config.preset == "tiny" else 1e-5)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=learning_rate, weight_decay=config.weight_decay)
-    run.parts.update(critic=critic, critic_optimizer=optimizer)         # of a checkpoint
-    run.facts["ppo"] = vars(flags)                                      # in config.json
+    run.parts.update(critic=critic, critic_optimizer=optimizer)  # of a checkpoint
+    run.facts["ppo"] = vars(flags)  # in config.json
     for step in rl.steps_to_make(run):
         # 1. Example, 2. Rollouts, 3. Reward: as in GRPO
         batch = rl.sample_rollouts(run, step)

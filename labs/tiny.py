@@ -1,13 +1,13 @@
-"""A tiny world for one-shot RLVR: a base model that pretrains in minutes on two cores, and six benchmarks.
+"""A tiny world for one-shot RLVR: a base model that pretrains in minutes on two cores, six benchmarks.
 
-    python labs/tiny.py --output runs/tiny-base        # one_shot_rlvr.py --preset tiny does this at its first use
-    python labs/tiny.py --set 48 --output runs/set-48.jsonl                   # training problems, the six tasks in turn
+    python labs/tiny.py --output runs/tiny-base    # one_shot_rlvr.py --preset tiny does this at first
+    python labs/tiny.py --set 48 --output runs/set-48.jsonl    # training problems, the six tasks in turn
 
 1. Six tasks: addition, subtraction, multiplication, largest of three, remainder, an equation. Each is a
    function that draws a problem, the steps of a careful solution, and the answer.
 2. Documents: what a base model reads is a mixture. Some texts solve a problem step by step and box the
-   answer, others box a hasty guess (mostly wrong), or solve it and forget the box, or are tables of sums and
-   plain sentences. Whether the prompt asks for steps and a box has no bearing on the style of the solution.
+   answer, others box a hasty guess (mostly wrong), or solve it and forget the box, or are tables of sums
+   and plain sentences. Whether the prompt asks for steps and a box has no bearing on the solution's style.
 3. Tokenizer: Qwen2's kind, byte-level BPE with a token for each digit, trained on these documents.
 4. Pretraining: next-token prediction on all of it. The result is an ordinary Hugging Face folder, with the
    test problems of the six tasks in six .jsonl files beside it.
@@ -24,6 +24,9 @@ import random
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import one_shot_rlvr as rl  # before torch, as in evaluate.py
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -31,14 +34,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that python labs/tiny.py finds it
-import one_shot_rlvr as rl  # noqa: E402
-
-TEST_SIZE = 100                 # problems a benchmark
+TEST_SIZE = 100  # problems a benchmark
 
 
-# ---------------------------------------------------------------------------------------------------
-# 1. Six tasks: rng -> (problem, careful steps, answer)
+# -- 1. Six tasks: rng -> (problem, careful steps, answer) -------------------------------
 
 def addition(rng):
     a, b = rng.randint(10, 99), rng.randint(10, 99)
@@ -89,7 +88,7 @@ def remainder(rng):
 
 TASKS = {"tiny_add": addition, "tiny_sub": subtraction, "tiny_mul": multiplication,
          "tiny_max": largest, "tiny_mod": remainder, "tiny_eqn": equation}
-BENCHMARKS = tuple(TASKS)       # their names
+BENCHMARKS = tuple(TASKS)  # their names
 
 def problems(name, n, seed, exclude=()):
     """n distinct problems of a task, [{"problem", "answer"}, ...], none of them in `exclude`."""
@@ -114,8 +113,7 @@ def train_problems(n=1024, seed=0):
     return [row for six in rows for row in six][:n]
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2. Documents
+# -- 2. Documents ------------------------------------------------------------------------
 
 STYLES = {"careful": 0.27, "hasty": 0.38, "unboxed": 0.15, "other": 0.20}
 NOUNS, VERBS = "cat dog bird child river wind".split(), "sees likes follows hears".split()
@@ -126,7 +124,8 @@ def sentence(rng):
 def sum_line(rng):
     """One line of the tables at the end of a schoolbook."""
     a, b, c = rng.randint(0, 9), rng.randint(0, 9), rng.randint(10, 99)
-    return rng.choice([f"{a}+{b}={a + b}. ", f"{a + b}-{b}={a}. ", f"{a}*{b}={a * b}. ", f"{c}+{a}={c + a}. "])
+    return rng.choice([f"{a}+{b}={a + b}. ", f"{a + b}-{b}={a}. ", f"{a}*{b}={a * b}. ",
+                       f"{c}+{a}={c + a}. "])
 
 def document(rng, tests, tasks=TASKS):
     """One text of the mixture; problems that are in `tests` are drawn again."""
@@ -146,12 +145,11 @@ def document(rng, tests, tasks=TASKS):
     return f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. Tokenizer
+# -- 3. Tokenizer ------------------------------------------------------------------------
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-               r"|\s+(?!\S)|\s+")
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+               r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CHAT_TEMPLATE = """{%- for message in messages %}
     {%- if message.role == 'system' %}{{ raise_exception('this template has no system role') }}{% endif %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
@@ -161,8 +159,8 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 def make_tokenizer():
     """Byte-level BPE, its merges learned from our documents.
 
-    Normalizer, splitting rule and decoder are Qwen2's own: AutoTokenizer puts those of Qwen2 in place of any others
-    when it loads a folder whose model is a Qwen2.
+    Normalizer, splitting rule and decoder are Qwen2's own: AutoTokenizer puts those of Qwen2 in place of any
+    others when it loads a folder whose model is a Qwen2.
     """
     rng, tests = random.Random("tokenizer"), held_out()
     tokenizer = Tokenizer(models.BPE())
@@ -178,10 +176,9 @@ def make_tokenizer():
                                    additional_special_tokens=[SPECIAL[1]], chat_template=CHAT_TEMPLATE)
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Pretraining
+# -- 4. Pretraining ----------------------------------------------------------------------
 
-MEAN_LENGTH = 45                # of a document, in tokens
+MEAN_LENGTH = 45  # of a document, in tokens
 
 def batches(tokenizer, rng, batch_size, tasks):
     """Batches of documents of about equal length: 16 batches' worth are sorted, so that little is padding."""
@@ -202,7 +199,7 @@ def muon_step(weights, momenta, lr, weight_decay=0.1):
         momentum.lerp_(weight.grad, 0.05)
         update = weight.grad.lerp(momentum, 0.95)
         update = update / update.norm()
-        for _ in range(5):                          # Newton-Schulz: a polynomial of U S V' acts on S alone
+        for _ in range(5):  # Newton-Schulz: a polynomial of U S V' acts on S alone
             gram = update @ update.T if len(update) < len(update.T) else update.T @ update
             step = -4.775 * gram + 2.0315 * gram @ gram
             update = 3.4445 * update + (step @ update if len(update) < len(update.T) else update @ step)
@@ -215,9 +212,9 @@ def build_base(folder, steps=1800, seed=0, batch_size=96, learning_rate=2.5e-3, 
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(Qwen2Config(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-            initializer_range=0.08, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id))
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            tie_word_embeddings=True, initializer_range=0.08, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     momenta = [torch.zeros_like(matrix) for matrix in matrices]
@@ -229,11 +226,11 @@ def build_base(folder, steps=1800, seed=0, batch_size=96, learning_rate=2.5e-3, 
         logits = model(ids.clamp(min=0), use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100,
                                reduction="sum")
-        loss = loss / (batch_size * MEAN_LENGTH)    # a mean over each batch would favour short, hasty texts
+        loss = loss / (batch_size * MEAN_LENGTH)  # a mean over each batch would favour short, hasty texts
         model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(others, 1.0)             # Muon's own updates have a norm of their own
-        lr = learning_rate * min(1, (step + 1) / 100, (steps - step) / (0.6 * steps))      # up, flat, down to 0
+        torch.nn.utils.clip_grad_norm_(others, 1.0)  # Muon's updates have a norm of their own
+        lr = learning_rate * min(1, (step + 1) / 100, (steps - step) / (0.6 * steps))  # up, flat, down to 0
         adam.param_groups[0]["lr"] = lr
         adam.step()
         muon_step(matrices, momenta, lr)
@@ -254,14 +251,12 @@ def main(argv=None) -> None:
     parser.add_argument("--set", type=int, help="write so many training problems, and no model")
     parser.add_argument("--steps", type=int, default=1800, help="pretraining steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and documents (default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(rl.words_of(argv))
+    rl.check_numbers(vars(args), {"seed": 0})
     if os.path.exists(args.output):
         rl.fail(f"--output {args.output}: is already there; name another, or remove it")
-    # 3,000, because some tasks have hardly more than 500 problems that are not held out
-    for name, (least, most) in {"steps": (1, 10**9), "set": (1, 3000), "seed": (0, 10**9)}.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            rl.fail(f"--{name} {value}: use a number from {least} to {most:,}")
+    if args.set and args.set > 3000:
+        rl.fail(f"--set {args.set}: use at most 3000; some tasks have hardly more than 500 problems to train on")
     if args.set and not args.output.endswith(".jsonl"):
         rl.fail(f"--output {args.output}: its name must end in .jsonl")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
