@@ -94,6 +94,12 @@ def load_benchmark(name, data_dir=None) -> list:
             benchmark.append(problem_and_answer(row))
         except (AttributeError, KeyError, TypeError, IndexError):
             rl.fail(f'{source}, line {number}: it needs "problem" and "answer"')
+    # a whole solution, or a list as Python writes it: some sets have these for an answer
+    odd = [row["answer"] for row in benchmark
+           if not row["answer"].strip() or re.search(r"####|^\[['\"]|.{401}", row["answer"], re.DOTALL)]
+    if odd:
+        print(f"{name}: {len(odd)} of {len(benchmark)} answers can hardly be met, such as {odd[0][:40]!r}; write "
+              "nothing but the final answer into the file")
     return benchmark or rl.fail(f"{source}: no problems in it")
 
 def load_benchmarks(names, data_dir=None, limit=None) -> dict:

@@ -58,7 +58,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from filelock import FileLock, Timeout
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
@@ -145,7 +144,7 @@ def encode_prompt(tokenizer, problem, system=None) -> list:
     try:
         if tokenizer.chat_template:
             text = render_chat(tokenizer, user, add_generation_prompt=True)
-            with contextlib.suppress(TemplateError):  # some refuse a system message, others drop it
+            with contextlib.suppress(Exception):  # some refuse a system message, others drop it
                 turns = [{"role": "system", "content": system or ""}, *user]
                 with_system = render_chat(tokenizer, turns, add_generation_prompt=True)
                 text = with_system if system and system in with_system else text
@@ -159,10 +158,8 @@ def encode_prompt(tokenizer, problem, system=None) -> list:
     return ids
 
 def find_stop_ids(tokenizer, generation_config) -> list:
-    """Every token that ends a response: EOS of tokenizer and configuration, and the end of a turn.
-
-    A base model's configuration often names only the end of text, so a turn is rendered.
-    """
+    """Every token that ends a response: EOS of tokenizer and configuration, and the end of a turn."""
+    # a base model's configuration often names only the end of text, so a turn is rendered
     turn = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "ANSWER"}]
     ending = render_chat(tokenizer, turn).rpartition("ANSWER")[2] if tokenizer.chat_template else ""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -499,12 +496,9 @@ class Batch:
     seconds: float              # that sampling took
 
 def micro_batches(batch, rollouts, token_budget) -> list:
-    """Some rollouts of a batch, packed so that rows times longest row stay within the budget.
-
-    From the longest to the shortest: little is padding, and memory runs out at once or never.
-    """
-    length = {i: len(batch.prompts[i]) + len(batch.responses[i]) for i in rollouts}
-    packs = []
+    """Some rollouts of a batch, packed so that rows times longest row stay within the budget."""
+    length, packs = {i: len(batch.prompts[i]) + len(batch.responses[i]) for i in rollouts}, []
+    # from the longest on: little is padding, and memory runs out at once or never
     for i in sorted(rollouts, key=length.get, reverse=True):
         if not packs or (len(packs[-1]) + 1) * length[packs[-1][0]] > token_budget:
             packs.append([])
@@ -616,15 +610,15 @@ def set_up(config) -> Run:
     policy, tokenizer = load_model(config.model)
     for example in examples:
         example["prompt"] = encode_prompt(tokenizer, example["problem"] + TRAIN_SUFFIX)
-    prompts = [example["prompt"] for example in examples]
     stop_ids = find_stop_ids(tokenizer, policy.generation_config)
     if not stop_ids:
         fail(f"--model {config.model}: nothing in it names a token that ends a response")
-    examples = [example for example in examples if len(example["prompt"]) <= config.max_prompt_tokens]
-    print(f"{len(examples)} of {len(prompts)} prompts are within --max-prompt-tokens")
-    if not examples:
-        fail(f"--max-prompt-tokens {config.max_prompt_tokens}: no prompt is that short")
+    every, most = len(examples), config.max_prompt_tokens
+    examples = [example for example in examples if len(example["prompt"]) <= most]
     prompts = [example["prompt"] for example in examples]
+    print(f"{len(prompts)} of {every} prompts have at most {most} tokens")
+    if not prompts:
+        fail(f"--max-prompt-tokens {most}: no prompt is that short")
     check_prompts(policy, prompts, len(prompts) * [config.max_response_tokens])
     check_head(policy, prompts[0])
     ref_policy, sampler, optimizer = prepare_training(policy, config)
@@ -727,8 +721,8 @@ def as_a_command(main) -> None:
         print("\nstopped; what was saved is whole: the same command goes on, in training with --resume")
         sys.exit(130)
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; what was saved is whole. Sampling takes less with fewer --slots, an "
-                 "update with a lower --token-budget, --activation-checkpointing or --offload-optimizer")
+        sys.exit("error: out of GPU memory; what was saved is whole. Sampling takes less with fewer --slots, "
+                 "an update with a lower --token-budget, --activation-checkpointing, --offload-optimizer")
     except Timeout as error:
         fail(f"{error.lock_file} is in use by another process; wait until it has ended, or stop it")
     except OSError as error:
@@ -809,15 +803,17 @@ def describe_prompt(tokenizer, prompt, stop_ids) -> str:
     ends = ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
     return f"{textwrap.indent(tokenizer.decode(prompt), '    | ')}\na response ends at {ends}"
 
-STEP_LINE = ("reward {reward:.3f}  dead {dead_groups:.2f}  len {response_length:.0f}  trunc {truncated_frac:.2f}  "
-             "entropy {entropy:.3f}  kl {kl:.4f}  loss {loss:+.4f}  grad {grad_norm:.2f}  ratio {ratio:.3f}  "
-             "gap {sampler_gap:.4f}  {tokens_per_second:,.0f} tok/s  sample {sample_seconds:.1f}s  "
-             "update {update_seconds:.1f}s  {memory_gb:.1f}GB  eta ")
+STEP_LINE = (
+    "reward {reward:.3f}  dead {dead_groups:.2f}  len {response_length:.0f}  trunc {truncated_frac:.2f}  "
+    "entropy {entropy:.3f}  kl {kl:.4f}  loss {loss:+.4f}  grad {grad_norm:.2f}  ratio {ratio:.3f}  "
+    "gap {sampler_gap:.4f}  {tokens_per_second:,.0f} tok/s  sample {sample_seconds:.1f}s  "
+    "update {update_seconds:.1f}s  ")
 
 def print_step(row, steps, rollout) -> None:
     """One line a step and, after every tenth, a rollout."""
     hours, minutes = divmod(int(row["eta_seconds"] / 60), 60)
-    print(f"step {row['step']}/{steps}  {STEP_LINE.format(**row)}{hours}h{minutes:02d}m", flush=True)
+    memory = f"{row['memory_gb']:.1f}GB  " if row["memory_gb"] else ""  # on CUDA
+    print(f"step {row['step']}/{steps}  {STEP_LINE.format(**row)}{memory}eta {hours}h{minutes:02d}m", flush=True)
     if row["dead_groups"] == 1 and row["pg_loss"] == 0:
         print("  all groups are dead: only KL, entropy, weight decay and AdamW's momentum act in this step")
     if row["step"] % 10 == 1:
@@ -844,7 +840,7 @@ def read_jsonl(path, growing=False) -> dict:
     try:
         text = Path(path).read_text(encoding="utf-8-sig", errors="replace" if growing else "strict")
     except (OSError, ValueError) as error:
-        fail(f"{path}: cannot be read ({error})")
+        fail(f"{path}: cannot be read as text in UTF-8 ({error})")
     rows = {}
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028
         try:
@@ -865,23 +861,27 @@ def load_examples(names, answer="") -> list:
     A row without a name goes by its file's and, of several, its number. `answer` replaces the label.
     """
     known, examples = read_json(Path(__file__).resolve().with_name("examples.json")), {}
-    for name in names:
-        if name not in known and not name.endswith((".json", ".jsonl")):
-            fail(f"--example {name}: give a .jsonl file of problem and answer, or one of {', '.join(known)}")
-        rows = known if name in known else read_jsonl(name) if name.endswith(".jsonl") else read_json(name)
-        if not isinstance(rows, dict) or "problem" in rows:  # an array, or a single example
+    for source in names:
+        if source in known:
+            rows = {source: {"name": source, **known[source]}}
+        elif source.endswith(".jsonl"):
+            rows = read_jsonl(source)
+        elif source.endswith(".json"):  # one example, or an array of them
+            rows = read_json(source)
             rows = dict(enumerate(rows if isinstance(rows, list) else [rows], 1))
-        for key, row in {name: known[name]}.items() if name in known else rows.items():
+        else:
+            fail(f"--example {source}: give a .jsonl file of problem and answer, or one of {', '.join(known)}")
+        for number, row in rows.items():
             row = row if isinstance(row, dict) else {}
             problem, label = row.get("problem"), answer or row.get("answer")
-            own_name = name if name in known else Path(name).stem + f"-{key}" * (len(rows) > 1)
-            own_name = str(row.get("name", own_name))
-            if not problem or type(problem) is not str or type(label) not in (str, int, float) or label != label:
-                fail(f'--example {name}, row {key}: it needs a "problem" and an "answer"')
-            if own_name in examples:
-                fail(f"--example {' '.join(names)}: {own_name} is there twice; give each a name of its own")
-            examples[own_name] = {"name": own_name, "problem": problem, "answer": str(label)}
-    if not examples or answer and len(examples) > 1 or not any(e["answer"].strip() for e in examples.values()):
+            # no list, no true, and no NaN, which is not equal to itself: none could ever be right
+            if type(problem) is not str or not problem or type(label) not in (str, int, float) or label != label:
+                fail(f'--example {source}, row {number}: it needs a "problem" and an "answer"')
+            name = str(row.get("name", Path(source).stem + f"-{number}" * (len(rows) > 1)))
+            if name in examples:
+                fail(f"--example {' '.join(names)}: {name} is there twice; give each a name of its own")
+            examples[name] = {"name": name, "problem": problem, "answer": str(label)}
+    if not any(example["answer"].strip() for example in examples.values()) or answer and len(examples) > 1:
         fail(f"--example {' '.join(names)}: there must be one with an answer, and with --answer just one")
     return list(examples.values())
 
@@ -964,7 +964,7 @@ def start_or_resume(run) -> None:
         run.tested = {row["step"] for row in metrics if "eval" in row}
         print(json.dumps(settings, indent=1), describe_prompt(run.tokenizer, run.examples[0]["prompt"],
                                                               run.stop_ids), sep="\n\n")
-        print("\nWatch reward, not loss: with one update a batch the ratio is 1 by design (README.md, Questions)")
+        print("\nWatch reward, not loss: with one update a batch the ratio is 1 by design (see README.md)")
     run.started = time.time()
 
 def after_step(run, done, stopping) -> None:
@@ -1050,8 +1050,8 @@ def check_prompts(model, prompts, limits) -> None:
     window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
     for seen in (window, getattr(config, "max_position_embeddings", None)):
         if seen and seen < length:
-            fail(f"--max-response-tokens: prompt and response can have {length} tokens, of which --model {name} "
-                 f"sees {seen}")
+            fail(f"--max-response-tokens: prompt and response can have {length} tokens, but --model {name} sees "
+                 f"{seen}")
     if max(map(max, prompts), default=0) >= model.get_input_embeddings().num_embeddings:
         fail(f"--model {name}: its tokenizer has more tokens than the model has embeddings")
 

@@ -1387,3 +1387,314 @@ def test_compiled_by_the_real_compiler():
     gradients = [torch.autograd.grad((x[0] + x[1]).sum(), weight)[0]
                  for x, weight in zip((mine, theirs), weights)]
     assert torch.allclose(mine[0], theirs[0], atol=1e-5) and torch.allclose(*gradients, rtol=1e-5, atol=1e-5)
+
+
+# -- Evaluation --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, row, problem, answer", [
+    ("math500", {"problem": "p", "solution": "\\boxed{2}", "answer": "1", "subject": "Algebra"}, "p", "1"),
+    ("aime24", {"id": 60, "problem": "p", "solution": "\\boxed{204}", "answer": "204", "question": "q"}, "q",
+     "204"),
+    ("aime24", {"id": 60, "problem": "p", "solution": "$\\boxed{204}$", "url": ""}, "p", "204"),
+    ("aime25", {"problem": "p", "answer": "70"}, "p", "70"),
+    ("amc23", {"id": 0, "problem": "old", "answer": 27.0, "question": "q"}, "q", "27.0"),
+    ("minerva_math", {"problem": "p", "solution": "\\boxed{1}, so \\boxed{\\frac{1}{2}}."}, "p",
+     "\\frac{1}{2}"),
+    ("minerva_math", {"question": "q", "answer": "4.5e33"}, "q", "4.5e33"),
+    ("olympiadbench", {"context": None, "question": "q", "final_answer": ["$3$", "4"]}, "q", "$3$"),
+    ("olympiadbench", {"context": "Let x.", "question": "q", "final_answer": ["3"]}, "Let x.\nq", "3")])
+def test_loaders_on_each_layout(tmp_path, monkeypatch, name, row, problem, answer):
+    """Each of the paper's files and each hub set: the same rows from either."""
+    (tmp_path / f"{name}.jsonl").write_text("\n" + json.dumps(row) + "\n")
+    local = evaluate.load_benchmark(name, tmp_path)
+    assert local == evaluate.load_benchmark(str(tmp_path / f"{name}.jsonl"))
+    assert (local[0]["problem"], local[0]["answer"]) == (problem, answer)
+    assert local[0].get("subject") == row.get("subject")
+    seen = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: seen.append((args, kwargs)) or [row])
+    assert evaluate.load_benchmark(name) == local
+    assert seen == [((evaluate.BENCHMARKS[name].source,), {"split": "test"})]
+
+@pytest.mark.parametrize("lines, words", [
+    ('{"problem": "p", "answer": 1}\n\n{"problem": "p"}', "line 3"), ("[1]", "line 1"), ("", "no problems"),
+    ('{"problem": "p", "answer": 1}\n{"prob', "line 2"), ('{"problem": "p", "solution": "no box"}', "line 1"),
+    ('{"question": "", "answer": 1}', "line 1")])
+def test_a_broken_file_is_named_by_its_line(tmp_path, lines, words, refused):
+    (tmp_path / "my.jsonl").write_text(lines)
+    sentence = refused(evaluate.load_benchmark, str(tmp_path / "my.jsonl"))
+    assert words in sentence and "my.jsonl" in sentence
+
+@pytest.mark.parametrize("answer", ["so 70 + 2 = 72\n#### 72", "['70']", '["a", "b"]', " ", "x" * 401])
+def test_answers_that_can_never_be_met_are_warned_of(tmp_path, capsys, answer):
+    rows = [{"problem": "p", "answer": answer}, {"problem": "q", "answer": "[0,1)"}, {"problem": "r",
+                                                                                      "answer": 2}]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(evaluate.load_benchmarks([str(tmp_path / "my.jsonl")])["my"]) == 3
+    assert "my.jsonl: 1 of 3 answers" in capsys.readouterr().out
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    evaluate.load_benchmarks([str(tmp_path / "my.jsonl")])
+    assert capsys.readouterr().out == ""
+
+def test_the_papers_protocol():
+    assert {name: evaluate.protocol(name) for name in evaluate.PAPER} == {
+        "math500": (1, 0.0), "aime24": (8, 0.6), "amc23": (8, 0.6), "minerva_math": (1, 0.0),
+        "olympiadbench": (1, 0.0), "aime25": (8, 0.6)}
+    assert evaluate.protocol("my") == (1, 0.0) and evaluate.protocol("tiny_add") == (4, 0.6)
+    assert evaluate.protocol("aime24", temperature=0.0) == (1, 0.0)
+    assert evaluate.protocol("my", 16, 1.0) == (16, 1.0)
+
+def test_pass_at_k_equals_brute_force():
+    for n, right, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if right <= n and k <= n:
+            subsets = list(itertools.combinations([i < right for i in range(n)], k))
+            assert evaluate.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+def checked_rows(right, name="x", **more):
+    """Rows as sample_and_check makes them; right: a list of samples for each problem."""
+    return [{"benchmark": name, "number": number, "sample": sample, "temperature": 0.6,
+             "problem": f"q{number}",
+             "answer": "4", "text": "recheck \\boxed{4}" * ok, "extracted": "4" if ok else None,
+             "correct": ok,
+             "correct_lenient": True, "tokens": 10 + sample, "truncated": not ok, "too_long": False,
+             **{key: values[number] for key, values in more.items()}}
+            for number, samples in enumerate(right) for sample, ok in enumerate(samples)]
+
+def test_measures_by_hand():
+    rows = checked_rows([[True, True, False, False], [False, False, False, True], [True] * 4], level=[1, 2,
+                                                                                                      1])
+    rows[2]["text"] = "\\boxed{ }"  # an empty box boxes nothing
+    rows[3]["text"], rows[4]["text"] = "```python\nprint(4)\n``` ", "```python\n``` \\boxed{4}\n```"
+    m = evaluate.measure(rows)
+    assert (m["n"], m["k"], m["temperature"]) == (3, 4, 0.6)
+    assert m["avg_at_k"] == pytest.approx((0.5 + 0.25 + 1) / 3) and m["pass_at_k"] == 1
+    assert m["stderr"] == pytest.approx(np.std([0.5, 0.25, 1], ddof=1) / math.sqrt(3))
+    assert m["pass_at"] == pytest.approx({1: m["avg_at_k"], 2: (5 / 6 + 1 / 2 + 1) / 3, 4: 1})
+    assert m["lenient"]["avg_at_k"] == 1 and m["lenient"]["stderr"] == 0
+    assert (m["boxed"], m["truncated"], m["mean_length"]) == pytest.approx((8 / 12, 5 / 12, 11.5))
+    assert (m["self_reflection"], m["code"], m["would_run"]) == pytest.approx((7 / 12, 2 / 12, 1 / 12))
+    result = evaluate.measure_all(rows + checked_rows([[False]], "y"), ["y", "x"])
+    assert list(result["benchmarks"]) == ["y", "x"]
+    assert result["average"] == pytest.approx(m["avg_at_k"] / 2)
+    by_level = result["benchmarks"]["x"]["by_level"]
+    assert {level: measures["avg_at_k"] for level, measures in by_level.items()} == {1: 0.75, 2: 0.25}
+    assert result["benchmarks"]["y"]["stderr"] is None and "by_level" not in result["benchmarks"]["y"]
+
+@pytest.mark.parametrize("response, answer, strict, lenient", [
+    (r"It is \boxed{4}.", "4", True, True), ("So 3 + 1 gives 4.", "4", False, True), ("4, not 5.", "4", False,
+                                                                                      False),
+    ("The answer is 12.8 mph", "12.8", False, True), ("The final answer is: $12.8$.", "12.8", False, True),
+    (r"cut short: \boxed{12.8", "12.8", False, True), (r"\boxed{4} or \boxed{5", "4", True, False),
+    (r"\boxed{1.33333}", r"\frac43", False, True), (r"\boxed{1.333}", r"\frac43", False, False),
+    (r"\boxed{0.5}", "50", False, True), (r"\boxed{0.5}", r"50\%", False, True), (r"\boxed{5000}", "50",
+                                                                                  False, True),
+    (r"\boxed{500}", "50", False, False), (r"\boxed{50.004}", "50", False, True), (r"\boxed{50.01}", "50",
+                                                                                   False, False),
+    (r"\boxed{1.41421}", r"\sqrt2", False, True), (r"\boxed{(0.33333, 2)}", r"(\frac13,2)", False, True),
+    (r"\boxed{7,5,3}", "3,5,7", True, False), (r"\boxed{\{3,5,7\}}", "3,5,7", True, True),
+    (r"\boxed{(3,\infty)\cup(0,1)}", r"(0,1)\cup(3,\infty)", True, False), ("It is 1,234.", "1234", False,
+                                                                            True),
+    ("", "4", False, False), ("no number", "4", False, False), (r"\boxed{}", "4", False, False),
+    ("4", r"\boxed{4}", False, True)])
+def test_the_lenient_verdict_of_the_papers_evaluation(response, answer, strict, lenient):
+    assert rl.is_correct(response, answer) is strict
+    assert evaluate.is_correct_lenient(response, answer) is lenient
+
+MY_PROBLEMS = [{"problem": f"What is {a} + {b}?", "answer": a + b, "level": a % 2}
+               for a, b in [(2, 2), (3, 4), (11, 5), (20, 6), (1, 1)]]
+
+@pytest.fixture
+def my_flags(folder, tmp_path, monkeypatch):
+    """An evaluation of a random model on five problems and on one more set, three samples each."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text("\n".join(map(json.dumps, MY_PROBLEMS)))
+    Path("more.jsonl").write_text(json.dumps(MY_PROBLEMS[0]))  # another benchmark, another noise
+    return lambda *more: ["--model", str(folder), "--benchmarks", "my.jsonl", "more.jsonl", "--k", "3",
+                          "--temperature", "1", "--max-response-tokens", "16", "--output", "e.json",
+                          *map(str, more)]
+
+def responses_in(path):
+    return sorted(read_jsonl(path), key=lambda row: (row["benchmark"], row["number"], row["sample"]))
+
+def test_slots_and_interruptions_change_no_response(my_flags, monkeypatch):
+    """The noise belongs to problem and sample: a multinomial over the batch would change."""
+    evaluate.main(my_flags())
+    whole, result = responses_in("e.jsonl"), json.loads(Path("e.json").read_text())
+    assert len(whole) == 18 and len({row["text"] for row in whole}) == 18
+    for slots in (1, 4):
+        evaluate.main(my_flags("--slots", slots, "--output", f"slots{slots}.json"))
+        assert responses_in(f"slots{slots}.jsonl") == whole
+    real, sampled, calls = rl.append_rows, [], itertools.count(1)
+
+    def killed(path, rows, mode="a"):
+        if mode == "a" and next(calls) == 6:
+            with open(path, "a") as file:
+                file.write(json.dumps(rows[0])[:40])  # cut short while writing
+            raise KeyboardInterrupt("killed")
+        real(path, rows, mode)
+    monkeypatch.setattr(rl, "append_rows", killed)
+    with pytest.raises(KeyboardInterrupt, match="killed"):
+        evaluate.main(my_flags("--output", "cut.json", "--slots", "4"))
+    monkeypatch.setattr(rl, "append_rows", real)
+    assert json.loads(Path("cut.json").read_text())["average"] is None
+    generate_each = rl.generate_each
+    monkeypatch.setattr(rl, "generate_each", lambda model, prompts, *args: sampled.append(len(prompts)) or
+                        generate_each(model, prompts, *args))
+    evaluate.main(my_flags("--output", "cut.json"))
+    assert sampled == [18 - 5] and responses_in("cut.jsonl") == whole
+    again = json.loads(Path("cut.json").read_text())
+    assert {**again, "tokens_per_second": 0} == {**result, "tokens_per_second": 0}
+
+def test_an_evaluation_is_not_overwritten_and_settings_do_not_mix(my_flags, capsys, monkeypatch, refused):
+    evaluate.main(my_flags())
+    before = Path("e.json").read_text(), Path("e.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "load_model", None)  # done is done: no model is loaded
+        capsys.readouterr()
+        evaluate.main(my_flags("--by", "level", "--lenient"))
+        levels = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        assert levels == ["2", "3", "1"]  # even and odd; odd
+        for more, words in [(["--k", "2"], "k 3"), (["--seed", "1"], "seed 0"), (["--limit", "1"], "limit"),
+                            (["--benchmarks", "my.jsonl"], "benchmarks")]:
+            sentence = refused(evaluate.main, my_flags(*more))
+            assert words in sentence and "another --output" in sentence
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "crc_of_weights", lambda model_name: 0)
+        assert "weights_crc32" in refused(evaluate.main, my_flags())
+    assert "would go into my.jsonl" in refused(evaluate.main, my_flags("--output", "my.json"))
+    Path("e.json").rename("gone.json")
+    assert "e.json is gone" in refused(evaluate.main, my_flags())
+    Path("gone.json").rename("e.json")
+    assert before == (Path("e.json").read_text(), Path("e.jsonl").read_text())
+
+@pytest.mark.parametrize("rows", [
+    [{**row, "answer": 5} for row in MY_PROBLEMS], MY_PROBLEMS[:2], [*MY_PROBLEMS, MY_PROBLEMS[0]]])
+def test_problems_that_changed_and_a_second_writer_are_refused(my_flags, monkeypatch, rows, refused):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(evaluate, "measure_all", lambda *args: 1 / 0)
+        evaluate.main(my_flags())
+    before = Path("e.jsonl").read_text()
+    with FileLock("e.lock"):
+        assert "e.lock is in use" in refused(rl.as_a_command, lambda: evaluate.main(my_flags()))
+    Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "problems_crc32" in refused(evaluate.main, my_flags())
+    assert Path("e.jsonl").read_text() == before
+
+def test_a_problem_longer_than_the_context_is_counted(folder, tmp_path, capsys, monkeypatch):
+    """The model takes 256 tokens: one problem fills them, one leaves room for a short response."""
+    monkeypatch.setattr(rl, "find_stop_ids", lambda *args: [])
+    rows = [{"problem": n * "cats ", "answer": 4} for n in (5, 40, 300)]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    evaluate.main(["--model", str(folder), "--benchmarks", str(tmp_path / "my.jsonl"),
+                   "--max-response-tokens", "200", "--output", str(tmp_path / "e.json")])
+    rows = responses_in(tmp_path / "e.jsonl")
+    m = json.loads((tmp_path / "e.json").read_text())["benchmarks"]["my"]
+    assert m["n"] == 3 and m["too_long"] == 1
+    assert "1 problems fill the model's context" in capsys.readouterr().out
+    assert rows[2]["too_long"] and not rows[2]["correct"] and rows[2]["tokens"] == 0
+    assert 0 < rows[1]["tokens"] < 200 == rows[0]["tokens"]
+
+def two_evaluations(tmp_path, a, b, **more):
+    """Files of two evaluations, right as a and b say -> their paths."""
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, rows in zip(paths, (a, b)):
+        rl.append_rows(path.with_suffix(".jsonl"), rows)
+        names = list(dict.fromkeys(row["benchmark"] for row in rows))
+        settings = {"seed": 0, "dtype": path.stem}
+        rl.write_json(path, {"model": path.stem, "settings": settings, **evaluate.measure_all(rows, names)})
+    return list(map(str, paths))
+
+def verdict(difference):
+    differ = np.count_nonzero(difference)
+    z = difference.mean() / (difference.std(ddof=1) / math.sqrt(len(difference)))
+    return "too few problems differ" if differ < 6 else "B is better" if z > 2 else "within noise"
+
+def test_compare_pairs_the_problems(tmp_path, capsys, refused):
+    """The standard error is that of the differences: two unpaired ones would call this noise."""
+    rng = random.Random(0)
+    a = [[rng.random() < 0.5] for _ in range(40)]
+    b = [[ok or number % 5 == 0] for number, [ok] in enumerate(a)]  # B loses nothing and wins some
+    subjects = ["Algebra", "Geometry"] * 20
+    small = [checked_rows(right[:3], "small") for right in (a, b)]
+    paths = two_evaluations(tmp_path, checked_rows(a, subject=subjects) + small[0],
+                            checked_rows(b, subject=subjects) + small[1][:-1] + checked_rows([[True]],
+                                                                                             "other"))
+    evaluate.main(["--compare", *paths])
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    difference = np.array([y[0] - x[0] for x, y in zip(np.array(a, float), np.array(b, float))])
+    assert lines["x"][1:] == ["40", f"{100 * np.mean(a):.1f}", f"{100 * np.mean(b):.1f}",
+                              f"{100 * difference.mean():+.1f}",
+                              f"{100 * difference.std(ddof=1) / math.sqrt(40):.1f}",
+                              str(int(difference.sum())), "0", *verdict(difference).split()]
+    errors = [part.std(ddof=1) / math.sqrt(len(part)) for part in (difference, difference[:2])]
+    assert lines["average"][1] == "42" and lines["average"][5] == f"{100 * math.hypot(*errors) / 2:.1f}"
+    assert "dtype is a in A, b in B" in out and "  Algebra" in out and "  Geometry" in out
+    assert lines["small"][1] == "2" and "other" not in out
+    assert "none.json" in refused(evaluate.main, ["--compare", paths[0], str(tmp_path / "none.json")])
+
+def test_how_much_of_a_difference_is_format(tmp_path, capsys):
+    """Four problems are won: one had a box before, two came to their end; of two lost, one keeps its box."""
+    a = checked_rows([[False]] * 4 + [[True]] * 2 + [[True]])
+    b = checked_rows([[True]] * 4 + [[False]] * 2 + [[True]])
+    a[0]["text"], b[4]["text"] = "\\boxed{5}", "so \\boxed{7}"
+    a[1]["truncated"] = a[2]["truncated"] = False
+    evaluate.main(["--compare", *two_evaluations(tmp_path, a, b)])
+    assert capsys.readouterr().out.rstrip().splitlines()[-4:] == [
+        "won, responses of A: 25% boxed, 50% came to their end",
+        "won, responses of B: 100% boxed, 100% came to their end",
+        "lost, responses of A: 100% boxed, 100% came to their end",
+        "lost, responses of B: 50% boxed, 0% came to their end"]
+
+@pytest.mark.parametrize("b, won, words", [
+    (0.59, 20, "within noise"), (0.61, 20, "B is better"), (0.39, 0, "A is better"), (0.41, 0,
+                                                                                      "within noise"),
+    (0.9, 5, "too few problems differ")])
+def test_a_difference_counts_from_two_standard_errors_on(b, won, words):
+    difference = {"a": 0.5, "b": b, "stderr": 0.05, "won": range(won), "lost": range(20 if b < 0.5 else 0)}
+    assert evaluate.conclusion(difference) == words
+
+def test_a_curve_of_a_run(folder, tmp_path, easy_reward, monkeypatch, refused):
+    run = tmp_path / "run"
+    rl.main(run_flags(folder, run))
+    (run / "metrics.jsonl").open("a").write('{"step": 5, "rew')  # the run may be going on
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, MY_PROBLEMS)))
+    flags = ["--run", str(run), "--benchmarks", str(tmp_path / "my.jsonl"), "--max-response-tokens", "8"]
+    evaluate.main(flags)
+    curve = read_jsonl(run / "curve.jsonl")
+    rewards = [row["reward"] for row in rl.read_log(run / "metrics.jsonl")]
+    assert [(row["step"], row["reward"]) for row in curve] == [(0, rewards[0]), (2, rewards[1]), (4,
+                                                                                                  rewards[3])]
+    assert set(curve[0]) == {"step", "reward", "average", "my"}
+    assert json.loads((run / "step-000004" / "eval.json").read_text())["average"] == curve[2]["average"]
+    loaded, load_model = [], rl.load_model
+    monkeypatch.setattr(rl, "load_model",
+                        lambda name, dtype: loaded.append(Path(name).name) or load_model(name, dtype))
+    (run / "step-000002" / "eval.json").unlink()
+    (run / "step-000002" / "eval.jsonl").unlink()
+    evaluate.main(flags)
+    assert loaded == ["step-000002"] and read_jsonl(run / "curve.jsonl") == curve
+    for name, words in (("samples.jsonl", "something else than a curve"), ("metrics.jsonl", "not JSON")):
+        before = (run / name).read_text()
+        assert words in refused(evaluate.main, [*flags, "--output", str(run / name)])
+        assert (run / name).read_text() == before
+
+@pytest.mark.parametrize("flags, words", [
+    (["--benchmarks", "nope"], "nope"), (["--limit", "0"], "--limit 0"), (["--k", "0"], "--k 0"),
+    (["--k", "4"], "greedy"), (["--benchmarks", "x.parquet"], "or a .jsonl file"),
+    (["--output", "x.txt"], ".json"), (["--seed", "-1"], "--seed -1"), (["--run", "no_run"], "no_run"),
+    (["--compare", "a.json", "b.json"], "a.json"), (["--compare", "a.json"], "two files"),
+    (["--temperature", "nan"], "--temperature nan"), (["--temperature", "-1"], "--temperature -1"),
+    (["--model", "no/such/model", "--benchmarks", "tiny_add"], "no/such/model"),
+    (["--benchmarks", "math500", "--data-dir", "no_such_dir"], "math500.jsonl")])
+def test_evaluate_refuses_in_one_sentence(folder, flags, words, monkeypatch, tmp_path, refused):
+    """Before anything is fetched: --output x.txt was refused only after the six sets had come."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    model = [] if {"--run", "--compare"} & {*flags} else ["--model", str(folder), "--benchmarks", "math500"]
+    assert words in refused(evaluate.main, [*model, *flags]) and not any(tmp_path.iterdir())
+
+def test_evaluate_needs_no_lab():
+    """Copied to a GPU without labs/, the two scripts run; the tiny world alone is built by a lab."""
+    assert "labs" not in re.sub(r'"""[^"]*"""', "", (HERE / "evaluate.py").read_text())
+    assert re.findall("(?:from|import) labs.*",
+                      (HERE / "one_shot_rlvr.py").read_text()) == ["from labs import tiny"]

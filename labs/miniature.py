@@ -1,18 +1,19 @@
-"""The paper's tables in miniature: each row is one_shot_rlvr.py with a few flags, on the tiny world, over some seeds.
+"""The paper's tables in miniature: each row is one_shot_rlvr.py with a few flags, on the tiny world.
 
     python labs/miniature.py                                # all, three seeds: half an hour on two cores
     python labs/miniature.py --rows loss --seeds 1          # one part, one seed
     python labs/miniature.py --rows one pg entropy          # some rows
     python labs/miniature.py --list                         # the rows and their flags; nothing is run
 
-Every run is a process of its own, with its folder runs/miniature/ROW-SEED and its log there; a run that is done is not
-made again (so name another --output-dir after a change of the code), one that was cut short goes on where it was. Each
-part's table is printed and written to runs/miniature/PART.md: training accuracy in the last tenth of the steps and test
-accuracy after the last, over the six benchmarks, as mean and standard error over seeds. With matplotlib, its curves are
-drawn to PART.png.
+Every run is a process of its own, with its folder runs/miniature/ROW-SEED and its log there; a run that is
+done is not made again (so name another --output-dir after a change of the code), one that was cut short goes
+on where it was. Each part's table is printed and written to runs/miniature/PART.md: training accuracy in the
+last tenth of the steps and test accuracy after the last, over the six benchmarks, as mean and standard error
+over seeds. With matplotlib, its curves are drawn to PART.png.
 """
 import importlib.util
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,9 +26,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import one_shot_rlvr as rl  # noqa: E402
-from evaluate import standard_error  # noqa: E402
-from labs import plot, tiny  # noqa: E402
+import one_shot_rlvr as rl
+from evaluate import standard_error
+from labs import plot, tiny
 
 SETS = {"set-16.jsonl": 16, "set-1024.jsonl": 1024}
 # part: (the question, what the paper has for it, {row: (what it is, the paper's figure, flags)})
@@ -40,7 +41,8 @@ PARTS = {
         "sixteen": ("sixteen examples", "", "--example {out}/set-16.jsonl"),
         "set": ("a set of 1,024 (paper: 1,209)", "35.9", "--example {out}/set-1024.jsonl"),
     }),
-    "tasks": ("Does it matter which example?", "Table 3, MATH500: 45 (too hard), 54 (wrong label), else 64 to 74", {
+    "tasks": ("Does it matter which example?",
+              "Table 3, MATH500: 45 (too hard), 54 (wrong label), else 64 to 74", {
         "one": ("addition", "", ""),
         "sub": ("subtraction", "", "--example tiny-sub"),
         "mul": ("multiplication", "", "--example tiny-mul"),
@@ -77,28 +79,24 @@ PARTS = {
     }),
 }
 EVAL = ["--eval", *tiny.BENCHMARKS, "--eval-every", "30"]
-
+CHILDREN = []  # the processes that were started
 
 def command(row, seed, out) -> list:
-    """The command of a row: one_shot_rlvr.py, or the lab that it names, with the flags as they stand in PARTS."""
-    flags = next(rows[row][2] for _, _, rows in PARTS.values() if row in rows).format(out=out).split()
+    """Of a row: one_shot_rlvr.py, or the lab that it names, with the flags as they stand in PARTS."""
+    flags = next(rows[row][2] for _, _, rows in PARTS.values() if row in rows)
+    flags = [word.format(out=out) for word in flags.split()]
     script = flags.pop(0) if flags and flags[0].endswith(".py") else "one_shot_rlvr.py"
-    return [script, "--preset", "tiny", *EVAL, "--save-every", "1000", *flags, "--seed", str(seed), "--output-dir",
-            f"{out}/{row}-{seed}"]
-
+    return [script, "--preset", "tiny", *EVAL, "--save-every", "1000", *flags, "--seed", str(seed),
+            "--output-dir", f"{out}/{row}-{seed}"]
 
 def last_test(run):
     """{benchmark: accuracy} after the last step of a run, or None if it has not come to its end."""
-    if not (run / "metrics.jsonl").exists():
+    if not rl.read_log(run / "metrics.jsonl"):
         return None
     return plot.read_run(run)[1].get(rl.read_json(run / "config.json")["steps"])
 
-
-CHILDREN = []
-
-
 def make_run(row, seed, out) -> str:
-    """One run in a process of its own, on one thread: its result is then the same however many run beside it.
+    """One run in a process of its own, on one thread: it then does not depend on what runs beside it.
 
     Returns what went wrong, if anything did.
     """
@@ -111,101 +109,111 @@ def make_run(row, seed, out) -> str:
                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
         CHILDREN.append(child)
         code = child.wait()
-    return f"python {' '.join(words)} ended with exit code {code}; see {run / 'log.txt'}" if code else ""
+    failure = f"{shlex.join(['python', *words])} ended with exit code {code}; see {run / 'log.txt'}"
+    return failure if code else ""
 
+def make_runs(missing, out, jobs) -> None:
+    """All runs that are missing, [(row, seed), ...], some at a time; the first that fails ends all."""
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), desc="runs", disable=None) as progress:
+        waiting = [pool.submit(make_run, row, seed, out) for row, seed in missing]
+        try:
+            for job in as_completed(waiting):
+                if failure := job.result():
+                    rl.fail(failure)
+                progress.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(job.done() for job in waiting):
+                for child in CHILDREN:  # or they would go on alone, and a second call would meet them
+                    child.terminate()
+                time.sleep(0.1)
+            raise
 
 def cell(values, scale=100, digits=1) -> str:
     """Mean and standard error over seeds."""
     error = standard_error(values)
-    return f"{scale * np.mean(values):.{digits}f}" + ("" if error is None else f" ± {scale * error:.{digits}f}")
+    spread = "" if error is None else f" ± {scale * error:.{digits}f}"
+    return f"{scale * np.mean(values):.{digits}f}{spread}"
 
+def table_line(title, figure, training, tests) -> str:
+    """tests: {benchmark: accuracy} of each seed."""
+    by_benchmark = [f"{100 * np.mean([test[name] for test in tests]):.0f}" for name in tiny.BENCHMARKS]
+    cells = title, figure, training, cell([test["average"] for test in tests]), *by_benchmark
+    return f"| {' | '.join(cells)} |"
 
 def table_of_rows(rows, seeds, out) -> list:
-    """A line for the base model and for each row {row: (what, paper's figure, flags)}, with accuracy by benchmark."""
-    def line(title, figure, training, tests):                               # tests: {benchmark: accuracy} of each seed
-        return f"| {title} | {figure} | {training} | {cell([test['average'] for test in tests])} | " + \
-            " | ".join(f"{100 * np.mean([test[name] for test in tests]):.0f}" for name in tiny.BENCHMARKS) + " |"
+    """A line for the base model and each row {row: (what, paper's figure, flags)}, with all benchmarks."""
     lines = [f"| row | paper | training | test | {' | '.join(tiny.BENCHMARKS).replace('tiny_', '')} |",
              "|---" * (4 + len(tiny.BENCHMARKS)) + "|"]
     for row, (what, figure, _) in rows.items():
         training, tests = zip(*(plot.read_run(out / f"{row}-{seed}") for seed in seeds))
         if len(lines) == 2:
-            lines.append(line("the base model", "", "", [test[0] for test in tests]))
+            lines.append(table_line("the base model", "", "", [test[0] for test in tests]))
         tail = [np.mean([step["accuracy"] for step in steps[-len(steps) // 10:]]) for steps in training]
-        lines.append(line(f"`{row}`: {what}", figure, cell(tail), [test[max(test)] for test in tests]))
+        lines.append(table_line(f"`{row}`: {what}", figure, cell(tail), [test[max(test)] for test in tests]))
     return lines
-
 
 def table_of_steps(row, seeds, out) -> list:
     """A line for each evaluation of one row, with what the policy was like in the ten steps before it."""
     lines = ["| step | training | test | entropy | KL | tokens |", "|---" * 6 + "|"]
     training, tests = zip(*(plot.read_run(out / f"{row}-{seed}") for seed in seeds))
     for step in sorted(set(tests[0]) - {0}):
-        mean = lambda key: [np.mean([r[key] for r in rows if step - 10 < r["step"] <= step]) for rows in training]
+        before = [[row for row in rows if step - 10 < row["step"] <= step] for rows in training]
+        accuracy, entropy, kl, tokens = ([np.mean([row[key] for row in rows]) for rows in before]
+                                         for key in ("accuracy", "entropy", "kl", "response_length"))
         tested = cell([test[step]["average"] for test in tests])
-        lines.append(f"| {step} | {cell(mean('accuracy'))} | {tested} | {cell(mean('entropy'), 1, 3)} | "
-                     f"{cell(mean('kl'), 1, 3)} | {cell(mean('response_length'), 1)} |")
+        lines.append(f"| {step} | {cell(accuracy)} | {tested} | {cell(entropy, 1, 3)} | {cell(kl, 1, 3)} | "
+                     f"{cell(tokens, 1)} |")
     return lines
 
-
 def chosen_parts(names) -> dict:
-    """PARTS, or those of the names that are parts, and one of all the rows that are named by themselves."""
+    """PARTS, or those of the names that are parts, and one of all rows that are named by themselves."""
     every = {row: of_row for _, _, of_part in PARTS.values() for row, of_row in of_part.items()}
     if unknown := [name for name in names if name not in every and name not in PARTS]:
-        rl.fail(f"--rows {unknown[0]}: there are the rows {', '.join(every)} and the parts {', '.join(PARTS)}")
+        rl.fail(f"--rows {unknown[0]}: there are the rows {', '.join(every)} and the parts "
+                f"{', '.join(PARTS)}")
     parts = {part: of_part for part, of_part in PARTS.items() if part in names or not names}
     if rows := {row: every[row] for row in names if row in every}:
         parts["rows"] = ("The rows that were named", "see there", rows)
     return parts
 
-
 def main(argv=None) -> None:
     parser = rl.make_parser(__doc__)
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME",
                         help=f"rows of --list, or parts: {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with seeds 0, 1, ... (default: 3)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time (default: one a core)")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/miniature"), help="default: %(default)s")
-    parser.add_argument("--list", action="store_true", help="print the rows and their commands, and run nothing")
-    args = parser.parse_args(argv)
-    if min(args.seeds, args.jobs) < 1:
-        rl.fail(f"--seeds {args.seeds} --jobs {args.jobs}: use 1 or more")
+    parser.add_argument("--seeds", type=int, default=3,
+                        help="runs of each row, with seeds 0, 1, ... (default: 3)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="runs at the same time (default: one a core)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/miniature"),
+                        help="default: %(default)s")
+    parser.add_argument("--list", action="store_true", help="print the command of each row; run nothing")
+    args = parser.parse_args(rl.words_of(argv))
+    rl.check_numbers(vars(args), {})
     parts = chosen_parts(args.rows)
     rows = list(dict.fromkeys(row for _, _, of_part in parts.values() for row in of_part))
     seeds, out = range(args.seeds), args.output_dir
     if args.list:
-        return print("\n".join(f"{row:<14} python {' '.join(command(row, 0, out))}" for row in rows))
-
-    rl.make_folder(out, "--output-dir")
+        commands = {row: shlex.join(["python", *command(row, 0, out)]) for row in rows}
+        return print("\n".join(f"{row:<14} {words}" for row, words in commands.items()))
+    out.mkdir(parents=True, exist_ok=True)
     for name, size in SETS.items():
         rl.append_rows(out / name, tiny.train_problems(size), mode="w")
-    rl.make_tiny_base(rl.TINY_BASE)                         # built here, before many processes want it at the same time
+    rl.make_tiny_base(rl.TINY_BASE)  # here, before many processes want it at the same time
     missing = [(row, seed) for seed in seeds for row in rows if last_test(out / f"{row}-{seed}") is None]
     print(f"{len(rows)} rows x {args.seeds} seeds: {len(rows) * args.seeds - len(missing)} runs are done, "
-          f"{len(missing)} to go, {args.jobs} at a time; the log of each is in {out}/ROW-SEED/log.txt", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), desc="runs", disable=None) as progress:
-        jobs = {pool.submit(make_run, row, seed, out): f"{row}-{seed}" for row, seed in missing}
-        try:
-            for job in as_completed(jobs):
-                if failure := job.result():
-                    rl.fail(failure)
-                progress.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while not all(job.done() for job in jobs):
-                for child in CHILDREN:          # or they would go on alone, and a second call would meet them
-                    child.terminate()
-                time.sleep(0.1)
-            raise
+          f"{len(missing)} to go, {args.jobs} at a time; the log of each is in {out}/ROW-SEED/log.txt",
+          flush=True)
+    make_runs(missing, out, args.jobs)
     for part, (question, source, of_part) in parts.items():
         lines = table_of_steps(*of_part, seeds, out) if part == "post" else table_of_rows(of_part, seeds, out)
         text = f"**{question}** ({part}; paper: {source})\n\n" + "\n".join(lines) + "\n"
         print(f"\n{text}")
         (out / f"{part}.md").write_text(text, encoding="utf-8")
         if importlib.util.find_spec("matplotlib"):
-            plot.draw({row: [out / f"{row}-{seed}" for seed in seeds] for row in of_part}, out / f"{part}.png")
+            picture = {row: [out / f"{row}-{seed}" for seed in seeds] for row in of_part}
+            plot.draw(picture, out / f"{part}.png")
     print(f"written to {out}: {', '.join(f'{part}.md' for part in parts)}")
-
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -256,7 +256,7 @@ def main(argv=None) -> None:
     if os.path.exists(args.output):
         rl.fail(f"--output {args.output}: is already there; name another, or remove it")
     if args.set and args.set > 3000:
-        rl.fail(f"--set {args.set}: use at most 3000; some tasks have hardly more than 500 problems to train on")
+        rl.fail(f"--set {args.set}: use at most 3000; some tasks have hardly more than 500 to train on")
     if args.set and not args.output.endswith(".jsonl"):
         rl.fail(f"--output {args.output}: its name must end in .jsonl")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
