@@ -813,7 +813,8 @@ def print_step(row, steps, rollout) -> None:
     """One line a step and, after every tenth, a rollout."""
     hours, minutes = divmod(int(row["eta_seconds"] / 60), 60)
     memory = f"{row['memory_gb']:.1f}GB  " if row["memory_gb"] else ""  # on CUDA
-    print(f"step {row['step']}/{steps}  {STEP_LINE.format(**row)}{memory}eta {hours}h{minutes:02d}m", flush=True)
+    print(f"step {row['step']}/{steps}  {STEP_LINE.format(**row)}{memory}eta {hours}h{minutes:02d}m",
+          flush=True)
     if row["dead_groups"] == 1 and row["pg_loss"] == 0:
         print("  all groups are dead: only KL, entropy, weight decay and AdamW's momentum act in this step")
     if row["step"] % 10 == 1:
@@ -870,12 +871,14 @@ def load_examples(names, answer="") -> list:
             rows = read_json(source)
             rows = dict(enumerate(rows if isinstance(rows, list) else [rows], 1))
         else:
-            fail(f"--example {source}: give a .jsonl file of problem and answer, or one of {', '.join(known)}")
+            fail(f"--example {source}: give a .jsonl file of problem and answer, or one of "
+                 f"{', '.join(known)}")
         for number, row in rows.items():
             row = row if isinstance(row, dict) else {}
             problem, label = row.get("problem"), answer or row.get("answer")
             # no list, no true, and no NaN, which is not equal to itself: none could ever be right
-            if type(problem) is not str or not problem or type(label) not in (str, int, float) or label != label:
+            usable = type(label) in (str, int, float) and label == label
+            if type(problem) is not str or not problem or not usable:
                 fail(f'--example {source}, row {number}: it needs a "problem" and an "answer"')
             name = str(row.get("name", Path(source).stem + f"-{number}" * (len(rows) > 1)))
             if name in examples:
@@ -1050,8 +1053,8 @@ def check_prompts(model, prompts, limits) -> None:
     window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
     for seen in (window, getattr(config, "max_position_embeddings", None)):
         if seen and seen < length:
-            fail(f"--max-response-tokens: prompt and response can have {length} tokens, but --model {name} sees "
-                 f"{seen}")
+            fail(f"--max-response-tokens: prompt and response can have {length} tokens, of which --model "
+                 f"{name} sees {seen}")
     if max(map(max, prompts), default=0) >= model.get_input_embeddings().num_embeddings:
         fail(f"--model {name}: its tokenizer has more tokens than the model has embeddings")
 
@@ -1330,7 +1333,7 @@ def same_word(given, gold) -> bool:
 
 def same_elements(given, gold, rel_tol, any_order) -> bool:
     names = [{match[0] for part in parts if (match := NAME.match(part))} for parts in (given, gold)]
-    if not any_order or not all(names) and len(names[0] | names[1]) > 1:    # x=5, y=6 is not 6, 5
+    if not any_order or not all(names) and len(names[0] | names[1]) > 1:  # x=5, y=6 is not 6, 5
         return all(same_answer(*pair, rel_tol, any_order) for pair in zip(given, gold))
     left = list(gold)
     for part in given:
@@ -1360,10 +1363,10 @@ def split_list(text):
         rows = [row.split("&") for row in match[1].split("\\\\")]
         return f"matrix {[len(row) for row in rows]}", [part.strip() for row in rows for part in row]
     match = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
-    if match and (parts := split_top(match[2], ",")):       # none in (a)/(b): its bracket closes early
+    if match and (parts := split_top(match[2], ",")):  # none in (a)/(b): its bracket closes early
         if match[1].endswith("{") or (match[1], match[3], len(parts)) == ("(", ")", 1):
-            return split_list(match[2].strip())             # \{1,2\} is the list 1,2 and (C) is C
-        return match[1] + match[3], parts                   # but (1,2) and [1,2] are no lists
+            return split_list(match[2].strip())  # \{1,2\} is the list 1,2 and (C) is C
+        return match[1] + match[3], parts  # but (1,2) and [1,2] are no lists
     if len(parts := split_top(text, "\\cup")) > 1:
         return "union", parts
     parts = [part.replace("\\pm", sign) for part in split_top(text, ",") or [text]
@@ -1389,22 +1392,18 @@ UNIT = re.compile(r"(?:[munpfckdMGT]|\\mu)?(?:m|g|s|J|eV|W|Hz|V|A|N|Pa|L|mol|K|C
                   r"mph|in|ft|yd|mi|lb|oz|h|min|yr|AU|ly|erg|dyn|atm|rpm|dB|\\AA|\^-?[0-9]|square|cubic")
 PREFIX = {"kilo": "k", "centi": "c", "milli": "m", "micro": "\\mu", "nano": "n", "mega": "M", "": ""}
 LONG = dict(pair.split(":") for pair in """meter:m metre:m gram:g second:s sec:s minute:min hour:h hr:h
-year:yr inch:in foot:ft feet:ft yard:yd mile:mi pound:lb ounce:oz liter:L joule:J watt:W volt:V erg:erg
-newton:N pascal:Pa hertz:Hz kelvin:K mole:mol radian:rad amp:A ampere:A coulomb:C calorie:cal per:/""".split())
+year:yr inch:in foot:ft feet:ft yard:yd mile:mi pound:lb ounce:oz liter:L joule:J watt:W volt:V newton:N
+pascal:Pa hertz:Hz kelvin:K mole:mol radian:rad amp:A ampere:A coulomb:C calorie:cal per:/""".split())
 LONG_UNIT = re.compile(f"({'|'.join(PREFIX)})({'|'.join(LONG)})(?:e?s)?")
-COUNTED = set("""degree percent dollar cent unit day week month apple atom ball book box boy card car cat child
-children choice coin cookie digit dog edge egg electron element face factor fish gallon game girl integer item
-letter marble member men micron number orange outcome page path pen pencil people person photon piece player
-point problem question region row share side solution step student subset team ticket tile tree triangle turn
-value vertice vote way women word worker""".split())
+COUNTED = """degree percent dollar cent unit day week month apple ball book box boy card car cat child coin
+children choice dog edge egg electron face fish game girl integer item letter marble member men micron number
+orange outcome page path people person photon piece player point problem region row share side solution step
+student team ticket tile triangle turn value vertice vote way women word worker""".split()
 TAIL = re.compile(r"(?<=[0-9)}\]|i])(?: ?(?:\\text\{[^{}]*\}|\\AA(?![A-Za-z])|[A-Za-z]++|/|"
                   r"\^ ?(?:\{-?[0-9]\}|-?[0-9])))++$")
 
 def split_unit(text) -> tuple:
-    """(value, unit): that of 9.8 meters/s^2 is "m / s ^2", in one spelling; None where there is none.
-
-    The value is without spaces, but for those that end a command (\\pi r) or part two numbers.
-    """
+    """(value without spaces, unit): that of 9.8 meters/s^2 is "m / s ^2"; None where there is none."""
     match, unit = TAIL.search(text), None
     if match:
         tail = re.sub(r"\\text\{|[{}]", " ", match[0])
@@ -1415,6 +1414,7 @@ def split_unit(text) -> tuple:
         sure = "\\" in match[0] or not letters and re.search(r"[A-Za-z]{2}|m ?/ ?s", tail)
         if sure and all(words):
             text, unit = text[:match.start()], " ".join(words)
+    # a space may end a command, \pi r, or part two numbers
     spelling = re.sub(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ", r"\1", text)
     return spelling.removeprefix("+"), unit
 
@@ -1429,11 +1429,11 @@ def unit_of(word):
 
 def same_value(x, y, rel_tol) -> bool:
     """Fractions to the last digit, others to the eleventh; no long decimal is a root or has a pi."""
-    if x is None or y is None or rel_tol:
-        return None not in (x, y) and cmath.isclose(x, y, rel_tol=rel_tol)
+    if x is None or y is None:
+        return False
     exact = [value for value in (x, y) if isinstance(value, Fraction)]
-    if len(exact) == 2:
-        return x == y
+    if rel_tol or len(exact) == 2:
+        return cmath.isclose(x, y, rel_tol=rel_tol) if rel_tol else x == y
     short = all(value.denominator < 10**4 for value in exact)
     return short and cmath.isfinite(x) and cmath.isclose(x, y, rel_tol=1e-11)
 
@@ -1454,16 +1454,16 @@ TO_PYTHON = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
 TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)|"
                    r"(?P<sign>\\cdot|\\times|[-+*/^,)])|(?P<open>\()|"
                    rf"(?P<letter>(?:\\[A-Za-z]+|[A-Za-z]){INDEX})", re.ASCII)
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-LETTERS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
-phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell dot ddot hat bar vec""".split())
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.Pow: operator.pow}
+LETTERS = """alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
+phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell dot ddot hat bar vec""".split()
 
 def value_of(text, point):
     """The value of an expression: an exact Fraction where it is rational, else complex, or None.
 
-    Only numbers, letters as they are written, operators and FUNCTIONS are computed. Python's parser
-    makes a tree of it, which is walked; nothing is executed. None stands for anything else, and for what
-    has two readings: a word (east, seat), 2\\frac12x, a derivative, 4 5.
+    Only numbers, letters, operators and FUNCTIONS are computed, and nothing is executed: Python's parser
+    makes a tree of them, which is walked. None: anything else, or two readings (a word, 2\\frac12x, 4 5).
     """
     text = re.sub(r"^(-?)([0-9]+) ?(\\frac ?\{[0-9]+\} ?\{[0-9]+\}|(?<= )[0-9]+/[0-9]+)$", r"\1(\2+\3)", text)
     if re.search(r"^[A-Za-z]{3,}$|[0-9] ?\\frac ?\{[0-9]+\}|d ?[A-Za-z]+\} ?\{d|\\partial|d[A-Za-z]/d", text):
@@ -1478,7 +1478,7 @@ def value_of(text, point):
         while text:
             token = TOKEN.match(text)
             kind, word, text = token.lastgroup, token[0], text[token.end():].lstrip()
-            source += "*" * (operand and kind in ("open", "letter"))            # 2x, (a)(b)
+            source += "*" * (operand and kind in ("open", "letter"))  # 2x, (a)(b)
             if kind in ("number", "letter"):
                 name = f" v{len(values)}"
                 values[name[1:]] = Fraction(word) if kind == "number" else meaning_of(word, text, point)
@@ -1511,22 +1511,20 @@ def unknown(name, *values):
 
 def value_of_tree(node, values):
     if isinstance(node, ast.Name):
-        return values[node.id] + 0                          # a function alone is no number
+        return values[node.id] + 0  # a function alone is no number
     if isinstance(node, ast.UnaryOp):
         return value_of_tree(node.operand, values) * (-1 if isinstance(node.op, ast.USub) else 1)
     if isinstance(node, ast.Call):
         return values[node.func.id](*(value_of_tree(argument, values) for argument in node.args))
-    x, y = value_of_tree(node.left, values), value_of_tree(node.right, values)
+    x, y = (value_of_tree(side, values) for side in (node.left, node.right))
+    bits = [(v.numerator * v.denominator).bit_length() if isinstance(v, Fraction) else 0 for v in (x, y)]
     if isinstance(node.op, ast.Pow):
-        if not (isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1):
+        if not isinstance(x, Fraction) or not isinstance(y, Fraction) or y.denominator != 1:
             return complex(x)**complex(y)
-        if abs(y) * (x.numerator * x.denominator).bit_length() > 5_000:
-            raise OverflowError("a tower of exponents, which would fill the memory")
-        return x**y.numerator
-    result = OPERATORS[type(node.op)](x, y)
-    if isinstance(result, Fraction) and (result.numerator * result.denominator).bit_length() > 5_000:
-        raise OverflowError("too many digits")
-    return result
+        bits = [bits[0] * abs(y)]
+    if sum(bits) > 10_000:
+        raise OverflowError("a tower of exponents, which would fill the memory")
+    return OPERATORS[type(node.op)](x, y)
 
 if __name__ == "__main__":
     as_a_command(main)
