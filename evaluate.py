@@ -12,12 +12,10 @@ the mean over 8 samples at temperature 0.6 (avg@8, which the released code calls
 the system message of Qwen2.5-Math where the chat template has a system role; the plain mean of the six.
 Sampling and checking are the trainer's own. Base and trained model are run in one precision.
 
-avg@k is the share of right answers, over problems and k samples of each; +- is its standard error over
-problems; pass@k is the share of problems that at least one of k samples solves. The noise behind a response
-is drawn from (seed, benchmark, problem, sample): neither --slots nor a stop on the way changes it, but for
-rounding, which in bf16 often differs with the number of rows.
+avg@k is the share of right answers, over problems and k samples of each; +- its standard error over problems;
+pass@k the share of problems that one of k samples solves. The noise behind a response is drawn from (seed,
+benchmark, problem, sample): but for rounding, neither --slots nor a stop on the way changes it.
 """
-import functools
 import itertools
 import json
 import math
@@ -61,8 +59,8 @@ BENCHMARKS = PAPER | TINY
 def problem_and_answer(row) -> dict:
     """A row of any of the six, from the hub or the paper's files -> {"problem", "answer", ...}.
 
-    The gold answer is `answer`, else the first of OlympiadBench's `final_answer`, or the last box of the
-    solution (Minerva, AIME24). Raises KeyError, TypeError or IndexError where something is missing.
+    The gold is `answer`, else the first `final_answer` (OlympiadBench) or the solution's last box (Minerva,
+    AIME24). KeyError, TypeError or IndexError where something is missing.
     """
     answer = row.get("answer")
     if answer is None:
@@ -98,8 +96,8 @@ def load_benchmark(name, data_dir=None) -> list:
     odd = [row["answer"] for row in benchmark
            if not row["answer"].strip() or re.search(r"####|^\[['\"]|.{401}", row["answer"], re.DOTALL)]
     if odd:
-        print(f"{name}: {len(odd)} of {len(benchmark)} answers can hardly be met, such as {odd[0][:40]!r}; write "
-              "nothing but the final answer into the file")
+        print(f"{name}: {len(odd)} of {len(benchmark)} answers can hardly be met, such as {odd[0][:40]!r}; "
+              "write nothing but the final answer into the file")
     return benchmark or rl.fail(f"{source}: no problems in it")
 
 def load_benchmarks(names, data_dir=None, limit=None) -> dict:
@@ -250,10 +248,6 @@ def measure_all(rows, names) -> dict:
             "average": float(np.mean([m["avg_at_k"] for m in benchmarks.values()])),
             "average_lenient": float(np.mean([m["lenient"]["avg_at_k"] for m in benchmarks.values()]))}
 
-def evaluate(model, tokenizer, benchmarks, **options) -> dict:
-    """Sample, check and measure {name: problems} without files; options: those of sample_and_check."""
-    return measure_all(sample_and_check(model, tokenizer, benchmarks, **options)[0], benchmarks)
-
 
 # -- 4. Tables ---------------------------------------------------------------------------
 
@@ -331,15 +325,12 @@ def compare(path_a, path_b, by, verdict) -> None:
     for word, (side, rows) in itertools.product(("won", "lost"), (("A", rows_a), ("B", rows_b))):
         rows = [row for row in rows if problem_of(row) in lines["average"][word]]
         if rows:
-            print(f"{word}, responses of {side}: {np.mean([rl.has_box(row['text']) for row in rows]):.0%} boxed, "
-                  f"{np.mean([not row['truncated'] for row in rows]):.0%} came to their end")
+            boxed = np.mean([rl.has_box(row["text"]) for row in rows])
+            ended = np.mean([not row["truncated"] for row in rows])
+            print(f"{word}, responses of {side}: {boxed:.0%} boxed, {ended:.0%} came to their end")
 
 
 # -- 5. Files ----------------------------------------------------------------------------
-
-@functools.cache  # the models of a curve share the prompt
-def say_once(text) -> None:
-    print(text, flush=True)
 
 def crc_of_weights(model_name) -> int:
     """Of the last 16 MB of each file of weights in a model's folder: to notice others under its name."""
@@ -372,9 +363,10 @@ def evaluate_to_file(model_name, output, benchmarks, settings, args) -> dict:
     model, tokenizer = rl.load_model(model_name, getattr(torch, settings["dtype"]))
     if args.compile:
         rl.compile_layers(model)
-    first = rl.encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], rl.EVAL_SYSTEM)
-    stop_ids = rl.find_stop_ids(tokenizer, model.generation_config)
-    say_once(f"first prompt:\n{rl.describe_prompt(tokenizer, first, stop_ids)}")
+    if model_name == args.model:  # the models of a curve share the prompt
+        first = rl.encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], rl.EVAL_SYSTEM)
+        stop_ids = rl.find_stop_ids(tokenizer, model.generation_config)
+        print(f"first prompt:\n{rl.describe_prompt(tokenizer, first, stop_ids)}", flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.with_suffix(".lock"), timeout=0):
         rl.write_json(output, {**header, "benchmarks": {}, "average": None})
@@ -387,7 +379,7 @@ def evaluate_to_file(model_name, output, benchmarks, settings, args) -> dict:
     return result
 
 def curve(run, base, output, evaluate_step, lenient) -> None:
-    """Evaluate the base model and each step-* folder of a run -> a row a step: reward beside test accuracy."""
+    """Evaluate the base model and each saved step of a run -> a row a step: reward beside test accuracy."""
     if output.exists() and not all("average" in row for row in rl.read_jsonl(output).values()):
         rl.fail(f"--output {output}: it holds something else than a curve; name another")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -479,7 +471,7 @@ def main(argv=None) -> None:
         return curve(args.run, args.model, args.output, run_one, args.lenient)
     result = run_one(args.model, args.output)
     print_table(result, args.by, args.lenient)
-    print(f"\n{result['tokens_per_second']:,.0f} tokens a second; written to {args.output} and, each response, "
+    print(f"\n{result['tokens_per_second']:,.0f} tokens a second; written to {args.output}, each response to "
           ".jsonl")
 
 if __name__ == "__main__":

@@ -987,9 +987,11 @@ def after_step(run, done, stopping) -> None:
         print(f"stopped after step {done}, which is saved; go on with\n"
               f"    {shlex.join(['python', sys.argv[0], '--output-dir', str(run.dir), '--resume'])}")
     elif config.eval_every and done % config.eval_every == 0 and done not in run.tested:
-        from evaluate import evaluate
-        result = evaluate(run.sampler, run.tokenizer, run.benchmarks, slots=config.slots, seed=config.seed,
-                          cuda_graph=config.cuda_graph, max_response_tokens=config.max_response_tokens)
+        from evaluate import measure_all, sample_and_check
+        rows, _ = sample_and_check(run.sampler, run.tokenizer, run.benchmarks, slots=config.slots,
+                                   seed=config.seed, cuda_graph=config.cuda_graph,
+                                   max_response_tokens=config.max_response_tokens)
+        result = measure_all(rows, run.benchmarks)
         scores = {name: row["avg_at_k"] for name, row in result["benchmarks"].items()}
         scores["average"] = result["average"]
         print(f"eval {done}/{config.steps}", *(f" {name} {x:.3f}" for name, x in scores.items()), flush=True)
