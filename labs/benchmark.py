@@ -6,12 +6,11 @@
     python labs/benchmark.py --rollouts 1024 --max-response-tokens 3072 --against generate TRL   # one GPU
     python labs/benchmark.py --plan             # nothing is run: memory and least time on other GPUs
 
-Everything runs in this one process and in turns (A B C A B C), on the same prompt and the same response
-lengths; the table has medians over the turns, and next to each speed its ratio to ours. Weights are random
-(--shape) or a real model's (--model). Lengths are forced: their mean is a third of the longest, as in real
-rollouts. What can be compared: generate of transformers, on the padded batch; its continuous batching, for
-whose sake a GPU has fewer and shorter rollouts, or it would not come to its end; a whole step of TRL's
-GRPOTrainer, sampling and update. Two floors say what the machine allows, whatever the code:
+All run in this one process and in turns (A B C A B C), on the same prompt and the same response lengths,
+drawn so that their mean is a third of the longest, as in real rollouts; the table has medians over the turns.
+What can be compared, as far as it is there: generate of transformers, on the padded batch; its continuous
+batching, beside which a GPU has fewer and shorter rollouts, or it would not come to its end; a whole step of
+TRL's GRPOTrainer. Two floors say what the machine allows, whatever the code:
     rollouts   the longer of two times: every decode step reads all weights and the keys and values so far,
                at the measured speed of a copy; every token costs its matrix products, at that of one
     update     the matrix products of forward and backward of the policy, and forward of the reference
@@ -88,9 +87,8 @@ def draw_lengths(n, longest):
 
 def machine() -> str:
     info = Path("/proc/cpuinfo")
-    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
-    name = f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if CUDA else name
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else [platform.processor()]
+    name = torch.cuda.get_device_name() if CUDA else f"{names[0]}, {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}, transformers {transformers.__version__}"
 
 def clock() -> float:
@@ -107,7 +105,7 @@ def machine_speed(device, dtype) -> tuple:
     def seconds(code):
         timer = Timer(code, globals={"a": a, "b": torch.empty_like(a), "m": m},
                       num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.5).median
+        return timer.blocked_autorange(min_run_time=0.3).median
     return 2 * a.nbytes / seconds("b.copy_(a)"), 2 * len(m)**3 / seconds("m @ m")
 
 
@@ -144,8 +142,7 @@ def activations(c) -> int:
 
 def memory(policy, config) -> tuple:
     """GB on the GPU while sampling and while updating, for bf16 autocast with fp32 weights."""
-    body, _, key_values = sizes(policy)
-    c, parameters = policy.config, policy.num_parameters()
+    (body, _, key_values), c, parameters = sizes(policy), policy.config, policy.num_parameters()
     # fp32 weights, the sampler in bf16, AdamW's two; the reference is in fp32
     always = parameters * ((6 if config.offload_optimizer else 14) + (4 if config.kl_coef else 0))
     length = config.max_prompt_tokens + config.max_response_tokens
@@ -262,7 +259,6 @@ def trl_step(folder, problem, config):
     parts, N = {}, config.prompts_per_step * config.group_size
     most = max(1, config.token_budget // config.max_response_tokens)
     rows = max(size for size in range(1, N + 1) if N % size == 0 and size <= most)
-
     step = transformers.TrainerCallback()
     step.on_step_begin = lambda *_, **__: parts.update(start=clock(), rollouts=0.0)
     step.on_step_end = lambda *_, **__: parts.update(update=clock() - parts["start"] - parts["rollouts"])
@@ -279,8 +275,8 @@ def trl_step(folder, problem, config):
     generate = trainer.model.generate
 
     def forced(*args, **kwargs):
-        start, stop = clock(), at_length(kwargs["input_ids"].shape[1], parts["lengths"])
-        output = generate(*args, **kwargs, stopping_criteria=stop)
+        start, ends = clock(), at_length(kwargs["input_ids"].shape[1], parts["lengths"])
+        output = generate(*args, **kwargs, stopping_criteria=ends)
         parts["rollouts"] += clock() - start
         return output
 
@@ -296,14 +292,14 @@ def trl_step(folder, problem, config):
 # -- 4. The run --------------------------------------------------------------------------
 
 def run_in_turns(turns, number, lengths) -> dict:
-    """{name: [{part: seconds}, ...]}: all once uncounted, on short responses, then `number` times."""
-    results, tokens = {name: [] for name in turns}, int(lengths.sum())
+    """{name: [{part: seconds}, ...]}: once uncounted, at an eighth of the lengths, then `number` times."""
+    results, tokens, short = {name: [] for name in turns}, int(lengths.sum()), -(-lengths // 8)
     for counted in range(number + 1):
         for name in tqdm(list(results), f"turn {counted} of {number}", leave=False, disable=None):
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
             try:
-                result = turns[name](lengths if counted else lengths.clamp(max=16))
+                result = turns[name](lengths if counted else short)
             except Exception as error:  # another library's, without which the table can do
                 if name == "ours":
                     raise
@@ -358,6 +354,7 @@ def main(argv=None) -> None:
         return print_plan(draw_lengths(1024, 3072))
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
+    transformers.logging.disable_progress_bar()
     config = rl.Config(prompts_per_step=args.rollouts // 8, max_response_tokens=args.max_response_tokens,
                        slots=args.slots, token_budget=args.token_budget, cuda_graph=args.cuda_graph and CUDA,
                        activation_checkpointing=args.activation_checkpointing)

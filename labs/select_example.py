@@ -33,7 +33,6 @@ MOST_TO_LEARN = 0.3  # accuracy of the base model
 
 def probe(model, tokenizer, examples, k, max_response_tokens, slots=None, seed=0) -> list:
     """k responses to each example, all sampled in one call -> rows, the nearest to 30% right first."""
-    stop_ids = rl.find_stop_ids(tokenizer, model.generation_config)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     kept = []
     for example in examples:
@@ -47,6 +46,7 @@ def probe(model, tokenizer, examples, k, max_response_tokens, slots=None, seed=0
         rl.fail(f"--max-response-tokens {max_response_tokens}: no example is left; use fewer")
     repeated, prompts = zip(*kept)
     rl.check_prompts(model, prompts, len(prompts) * [max_response_tokens])
+    stop_ids = rl.find_stop_ids(tokenizer, model.generation_config)
     responses = rl.generate(model, prompts, max_response_tokens=max_response_tokens, slots=slots,
                             temperature=rl.Config.temperature, stop_ids=stop_ids,
                             generator=torch.Generator().manual_seed(seed),
