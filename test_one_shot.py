@@ -1191,7 +1191,7 @@ def test_evaluation_while_training(folder, tmp_path, easy_reward):
     assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
 
 def test_the_commands_as_a_user_types_them(folder, tmp_path):
-    """Train, Ctrl-C in the middle, --resume, evaluate: in processes of their own, on an ascii console."""
+    """Evaluate; train, Ctrl-C in the middle, --resume: in processes of their own, on an ascii console."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore Ctrl-C
 
     def start(*command):
@@ -1203,6 +1203,10 @@ def test_the_commands_as_a_user_types_them(folder, tmp_path):
         out, err = process.communicate(timeout=240)
         assert process.returncode == code and "Traceback" not in err, err
         return out
+    (tmp_path / "my.jsonl").write_text('{"problem": "What is 2 + 2?", "answer": "4"}\n'
+                                       '{"problem": "What is 3 + 4?", "answer": 7}\n')
+    evaluation = start("evaluate.py", "--model", folder, "--benchmarks", tmp_path / "my.jsonl", "--limit", 1,
+                       "--max-response-tokens", 8, "--output", tmp_path / "eval.json")
     run = tmp_path / "run"
     process = start("one_shot_rlvr.py", *run_flags(folder, run, "--steps", 100000))
     while not (run / "metrics.jsonl").exists() or len(read_jsonl(run / "metrics.jsonl")) < 3:
@@ -1212,14 +1216,9 @@ def test_the_commands_as_a_user_types_them(folder, tmp_path):
     assert f"--output-dir {run} --resume" in finish(process, 130)
     done = torch.load(run / "latest" / "state.pt", weights_only=True)["step"]
     assert done == read_jsonl(run / "metrics.jsonl")[-1]["step"] >= 3
-    finish(start("one_shot_rlvr.py", "--output-dir", run, "--resume", "--steps", done + 2))
+    rl.main(["--output-dir", str(run), "--resume", "--steps", str(done + 2)])
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, done + 3))
-    (tmp_path / "my.jsonl").write_text('{"problem": "What is 2 + 2?", "answer": "4"}\n'
-                                       '{"problem": "What is 3 + 4?", "answer": 7}\n')
-    out = finish(start("evaluate.py", "--model", run / f"step-{done + 2:06d}", "--benchmarks",
-                       tmp_path / "my.jsonl", "--limit", 1, "--max-response-tokens", 8, "--output",
-                       tmp_path / "eval.json"))
-    assert "average" in out and len(read_jsonl(tmp_path / "eval.jsonl")) == 1
+    assert "average" in finish(evaluation) and len(read_jsonl(tmp_path / "eval.jsonl")) == 1
 
 
 # -- C. Models, and several processes ----------------------------------------------------
@@ -1285,38 +1284,43 @@ rl.main()
 """
 
 def torchrun(tmp_path, *flags, **env):
+    """Start the script on two processes."""
     (tmp_path / "easy.py").write_text(EASY)
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "easy.py"), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **env})
+         str(tmp_path / "easy.py"), *flags], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **env})
 
 def test_two_processes_make_the_same_run(folder, tmp_path, easy_reward):
-    """torchrun: the groups split over processes; one dies, the other ends; one process goes on alone."""
+    """torchrun: the groups split over processes; what one began, two end; one dies, and the other ends."""
     (tmp_path / "two.jsonl").write_text('{"problem": "What is 2 + 2?", "answer": 4}\n'
                                         '{"problem": "What is 30 - 4?", "answer": 26}\n')
     flags = ["--prompts-per-step", "4", "--updates-per-batch", "2", "--loss-agg", "sequence",
              "--kl-coef", "0.1", "--example", str(tmp_path / "two.jsonl")]
+    dying = torchrun(tmp_path, *run_flags(folder, tmp_path / "dies", *flags), DIES="1")
+    rl.main(run_flags(folder, tmp_path / "two", *flags, "--steps", "2"))
+    process = torchrun(tmp_path, "--output-dir", str(tmp_path / "two"), "--resume", "--steps", "4")
     rl.main(run_flags(folder, tmp_path / "one", *flags))
-    done = torchrun(tmp_path, *run_flags(folder, tmp_path / "two", *flags), DIES="1")
-    assert done.returncode != 0 and "easy.py FAILED" in done.stderr and "exitcode  : 7" in done.stderr
-    rl.main(["--output-dir", str(tmp_path / "two"), "--resume", "--steps", "2"])
-    done = torchrun(tmp_path, "--output-dir", str(tmp_path / "two"), "--resume", "--steps", "4")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 4/4") == 1
-    (one, samples), (two, samples_of_two) = comparable(tmp_path / "one"), comparable(tmp_path / "two")
-    assert [row["step"] for row in two] == [1, 2, 3, 4] and samples == samples_of_two
-    for row_one, row_two in zip(one, two):
-        assert row_two.pop("examples") == row_one.pop("examples")
-        assert row_two == pytest.approx(row_one, rel=1e-3, abs=1e-5)
-    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / run / "step-000004").state_dict()
-            for run in ("one", "two"))
-    assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and out.count("step 4/4") == 1, err
+    _, err = dying.communicate(timeout=240)
+    assert dying.returncode != 0 and "easy.py FAILED" in err and "exitcode  : 7" in err
+    rl.main(["--output-dir", str(tmp_path / "dies"), "--resume"])
+    for name in ("two", "dies"):
+        (one, samples), (two, samples_of_two) = comparable(tmp_path / "one"), comparable(tmp_path / name)
+        assert [row["step"] for row in two] == [1, 2, 3, 4] and samples == samples_of_two
+        for row_one, row_two in zip(one, two):
+            assert row_two.pop("examples") == row_one.pop("examples")
+            assert row_two == pytest.approx(row_one, rel=1e-3, abs=1e-5)
+        a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / run / "step-000004").state_dict()
+                for run in ("one", name))
+        assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4
     assert not same_weights(folder, tmp_path / "one" / "step-000004")
 
-def test_groups_that_processes_cannot_share_are_refused(folder, tmp_path):
-    done = torchrun(tmp_path, *run_flags(folder, tmp_path / "run", "--prompts-per-step", "3"))
-    assert "error: --prompts-per-step 3: 2 processes" in done.stderr and done.returncode
+def test_groups_that_processes_cannot_share_are_refused(folder, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(rl, "start_processes", lambda: (0, 2))
+    flags = run_flags(folder, tmp_path / "run", "--prompts-per-step", "3")
+    assert "--prompts-per-step 3: 2 processes" in refused(rl.main, flags)
     assert not (tmp_path / "run").exists()
 
 
