@@ -1250,9 +1250,9 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     ("[−–]", "-"), ("[·×]", r"\\times "), ("π", r"\\pi "), ("∪", r"\\cup "), ("∞", r"\\infty "),
     ("≤", "<="), ("≥", ">="), ("≠", "!="), ("°", r"\\degree "), ("Å", r"\\AA "), ("[µμ]", r"\\mu "),
     ("²", "^2"), ("³", "^3"), ("½", r"\\frac12"), ("¼", r"\\frac14"), ("√ ?([0-9]+)", r"\\sqrt{\1}"),
-    # math delimiters, a full stop, a dollar sign, which is a unit, and what only changes the look
-    (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", ""), (r"(?<!\.)\.( *\}?) *$", r"\1"),
-    (r"^ *(-?) *\\\$ *([0-9][^A-Za-z]*)$", r"\1\2\\text{dollar}"), (r"\\\$", ""),
+    # a full stop, a dollar sign, which is a unit, math delimiters, and what only changes the look
+    (r"(?<!\.)\.( *\}?\$?) *$", r"\1"), (r"^ *(-?) *\\?\$ *([0-9][^A-Za-z$]*)$", r"\1\2\\text{dollar}"),
+    (r"\\?\$|(?<!\\)\\[()\[\]]", ""),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?", ""),
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
     # every upright font is \text; but an upright number, i or e is what it is

@@ -402,11 +402,11 @@ ANSWERS = {
     ],
     "percent, currency, degrees": [
         (r"12\%", r"12 | 12\% | 12%", "0.12"), ("75", r"75\%", r"0.75\% | 7.5"),
-        (r"\$36", r"36 | 36 \text{ dollars}", "0.36"),
+        (r"\$36", r"36 | 36 \text{ dollars} | $36 | $36$ | $36.$", "0.36 | 36 cents"),
         ("90", r"90^\circ | 90^{\circ} | 90°", r"\frac{\pi}{2}"),
         (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ | \frac{270}{7}", r"\frac{270}{7}\text{ days}"),
         (r"\frac{180}{7}", r"\frac{180^\circ}{7}", r"\frac{7}{180}"), ("45", "45", r"4^\circ 5"),
-        (r"5.4 \text{ cents}", r"5.4 | 5.4\text{ cent}", r"\$5.4 | 54"),
+        (r"5.4 \text{ cents}", r"5.4 | 5.4\text{ cent}", r"\$5.4 | $5.4 | 54"),
     ],
     "units": [
         (r"15\mbox{ cm}^2", r"15 | 15 \text{ cm}^2 | 15\,\mathrm{cm}^{2} | 15cm^2",
