@@ -151,6 +151,8 @@ def main(argv=None) -> None:
     flags, config = parse_args(argv)
     run = rl.set_up(config)
     critic = Critic(rl.load_model(config.model)[0])
+    if config.compile:
+        rl.compile_layers(critic.model)
     if config.activation_checkpointing:
         rl.recompute_layers(critic.model)
     learning_rate = flags.critic_learning_rate or (1e-3 if config.preset == "tiny" else 1e-5)

@@ -262,6 +262,12 @@ def test_ppo_runs_learns_values_and_resumes_to_the_bit(folder, tmp_path, easy_re
     values = [row["value"] for row in read_jsonl(whole / "metrics.jsonl")]
     assert abs(values[0]) < 0.2 < abs(values[-1])  # the critic has learned to expect something
 
+def test_ppo_compiles_policy_reference_and_critic(folder, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(rl, "compile_layers", compiled.append)
+    ppo.main([*run_flags(folder, tmp_path / "run", "--steps", 1, "--compile"), "--critic-updates", "2"])
+    assert len({id(model) for model in compiled}) == 3
+
 def test_ppo_refuses(folder, tmp_path, easy_reward, refused):
     ppo.main([*run_flags(folder, tmp_path / "run", "--steps", 2), "--critic-updates", "2"])
     resume = ["--output-dir", str(tmp_path / "run"), "--resume", "--steps", "3"]
