@@ -106,6 +106,7 @@ def draw(groups, output) -> None:
         rl.fail("labs/plot.py needs matplotlib, an optional extra: pip install matplotlib")
     with plt.rc_context(LOOKS):
         figure = plt.figure(figsize=(20, 13), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06)  # room for the longest labels of a panel within
         grid = figure.add_gridspec(3, 4)
         panels = [figure.add_subplot(grid[place]) for place in [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]]
         draw_curves(figure.add_subplot(grid[:2, :2]), panels, runs)
