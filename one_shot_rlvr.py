@@ -1433,9 +1433,11 @@ def same_value(x, y, rel_tol) -> bool:
     """Fractions to the last digit, others to the eleventh; no long decimal is a root or has a pi."""
     if x is None or y is None:
         return False
+    if rel_tol:
+        return cmath.isclose(x, y, rel_tol=rel_tol)
     exact = [value for value in (x, y) if isinstance(value, Fraction)]
-    if rel_tol or len(exact) == 2:
-        return cmath.isclose(x, y, rel_tol=rel_tol) if rel_tol else x == y
+    if len(exact) == 2:
+        return x == y
     short = all(value.denominator < 10**4 for value in exact)
     return short and cmath.isfinite(x) and cmath.isclose(x, y, rel_tol=1e-11)
 
