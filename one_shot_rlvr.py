@@ -32,6 +32,7 @@ import copy
 import datetime
 import functools
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -44,7 +45,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -1240,27 +1241,23 @@ def can_read_ragged(model) -> bool:
 
 FUNCTIONS = {
     **{name: getattr(cmath, name) for name in "sin cos tan sinh cosh tanh exp".split()},
-    **{f"arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")},
-    "ln": cmath.log, "log": cmath.log10, "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x),
-    "csc": lambda x: 1 / cmath.sin(x)}
+    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "log": cmath.log10,
+    "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x)}
 F = rf"(?:{'|'.join(FUNCTIONS)})(?![A-Za-z])"
-# One spelling for what can be spelled in several ways. Each row relies on those above.
+# One spelling for what can be spelled in several ways, unicode first. Each row relies on those above.
 SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in [
-    # unicode
-    ("[−–]", "-"), ("[·×]", r"\\times "), ("π", r"\\pi "), ("∪", r"\\cup "), ("∞", r"\\infty "),
+    ("[−–]", "-"), ("[·×]", "*"), ("π", r"\\pi "), ("∪", r"\\cup "), ("∞", r"\\infty "),
     ("≤", "<="), ("≥", ">="), ("≠", "!="), ("°", r"\\degree "), ("Å", r"\\AA "), ("[µμ]", r"\\mu "),
     ("²", "^2"), ("³", "^3"), ("½", r"\\frac12"), ("¼", r"\\frac14"), ("√ ?([0-9]+)", r"\\sqrt{\1}"),
     # a full stop, a dollar sign, which is a unit, math delimiters, and what only changes the look
     (r"(?<!\.)\.( *\}?\$?) *$", r"\1"), (r"^ *(-?) *\\?\$ *([0-9][^A-Za-z$]*)$", r"\1\2\\text{dollar}"),
-    (r"\\?\$|(?<!\\)\\[()\[\]]", ""),
+    (r"\\?\$|(?<!\\)\\[()\[\]]", ""), (r"\\[lr]?vert(?![A-Za-z])", "|"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?", ""),
-    (r"\\[lr]?vert(?![A-Za-z])", "|"),
     # every upright font is \text; but an upright number, i or e is what it is
     (r"\\(?:unit|mbox|mathrm|mathbf|mathit|text[a-z]{2}|operatorname|boldsymbol)(?![A-Za-z]) *|"
      r"\\text +(?=\{)", r"\\text"),
     (r"\\text(?=[A-Za-z0-9])(.)", r"\\text{\1}"), (r"\\text\{ *([ie]|[-+0-9./]+) *\}", r"\1"),
-    (r"\\mu ?\\text\{", r"\\text{\\mu "),
-    (r"^ *\\text\{([^{}]*[^A-Za-z(){} ][^{}]*)\} *$", r"\1"),
+    (r"\\mu ?\\text\{", r"\\text{\\mu "), (r"^ *\\text\{([^{}]*[^A-Za-z(){} ][^{}]*)\} *$", r"\1"),
     # thousands: 1{,}234 and 1,\!234; 1,234 alone or in a fraction, for (1,234) and 2,4 are lists
     (r"(?<=[0-9])(?:\{,\}|, *\\!|\\,) *(?=[0-9]{3}(?![0-9]))", ""),
     (r"(?:^[^0-9,(\[{]*|/ *|\\frac\{|(?<=[0-9]\}\{))[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])"
@@ -1275,12 +1272,11 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     # degrees and percent are units at the end, and dropped elsewhere
     (r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z])) ?|\\degree ?", r"\\text{degree}"),
     (r" ?\\?%", r"\\text{percent}"), (r"\\text\{(?:degree|percent)\}(?! ?(?:[0-9]|$|[,)]))", ""),
-    # fractions, roots, accents, powers with exactly the braces they need: \dfrac12, \sqrt2, x^{2}
+    # fractions, roots, accents and powers with the braces they need: \dfrac12, \sqrt2, x^{2}; stars for \cdot
     (r"\\[dtc]frac", r"\\frac"), (r"\\(frac|sqrt|d?dot|hat|bar|vec) ?([A-Za-z0-9])", r"\\\1{\2}"),
-    (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9])", r"\1{\2}"),
+    (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9])", r"\1{\2}"), (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
     (r"([_^]) ?\{ ?([A-Za-z0-9]) ?\}(?![0-9])", r"\1\2"),
-    (r"\(? ?\\begin\{(?:[pbvB]?matrix|array)\} ?(?:\{[clr| ]*\})?(.*?)(?:\\\\)? ?\\end\{[a-zA-Z]+\} ?\)?",
-     r"\\begin{matrix}\1\\end{matrix}"),
+    (r"\(? ?\\begin\{(?:[pbB]?matrix|array)\} ?(?:\{[clr| ]*\})?(.*?)(?:\\\\)? ?\\end\{\w+\} ?\)?", r"{\1}"),
 ]]
 # What may stand in front of a value: x=, f(3)=, V_{max}=, AB=, (x,y)=, \text{Area}=, x\in; not \ne
 NAME = re.compile(
@@ -1291,8 +1287,7 @@ NAME = re.compile(
 def equivalent(given, gold, rel_tol=0, any_order=True) -> bool:
     """Are two answers the same, up to spelling and value? Never raises.
 
-    rel_tol: how far apart values may be, relative to the larger; the reward allows nothing.
-    any_order: may the elements of bare lists, sets and unions stand in another order?
+    rel_tol: how far apart values may be, relative to the larger. any_order: of lists, sets and unions.
     """
     # the longest answer of the benchmarks has 210 characters; hostile ones must not cost time
     if given == gold or max(len(given), len(gold)) > 400 or re.search(r"[({\[]{6}", given):
@@ -1301,11 +1296,11 @@ def equivalent(given, gold, rel_tol=0, any_order=True) -> bool:
         given, gold = pattern.sub(replacement, given), pattern.sub(replacement, gold)
     try:
         return same_answer(given.strip(), gold.strip(), rel_tol, any_order)
-    except RecursionError:
+    except (RecursionError, OverflowError):  # 2^{2000} is too large to be compared with a root
         return False
 
 def same_answer(given, gold, rel_tol, any_order) -> bool:
-    """Are two answers in one spelling the same text, elements, relation or value?"""
+    """Are two answers in one spelling the same text, elements, equation or value?"""
     (value, unit), (gold_value, gold_unit) = split_unit(given), split_unit(gold)
     if value == gold_value and unit == gold_unit or same_word(given, gold):
         return given != ""
@@ -1315,14 +1310,12 @@ def same_answer(given, gold, rel_tol, any_order) -> bool:
         with_name, other = (given, gold) if named[0] else (gold, given)
         return all(same_answer(part.strip(), other, rel_tol, any_order)
                    for part in NAME.sub("", with_name, 1).split("="))
-    (kind, parts), (gold_kind, gold_parts) = split_list(given), split_list(gold)
+    (kind, parts), (gold_kind, gold_parts) = split_answer(given), split_answer(gold)
     if kind != gold_kind or len(parts) != len(gold_parts):
         return False
     if kind:
-        return same_elements(parts, gold_parts, rel_tol, any_order and kind in ("list", "union"))
-    for relation in ("\\ne", "\\le", "<", "="):
-        if relation in given + gold:
-            return same_relation(given, gold, relation, rel_tol)
+        return (same_elements(kind, parts, gold_parts, rel_tol, any_order)
+                or kind == "=" and proportional(parts, gold_parts, rel_tol))
     # letters are random numbers: two expressions are taken for equal if they agree at two points
     return (not unit or not gold_unit or unit == gold_unit) and all(
         same_value(value_of(value, point), value_of(gold_value, point), rel_tol) for point in (0, 1))
@@ -1333,74 +1326,58 @@ def same_word(given, gold) -> bool:
     is_word = re.fullmatch(r"[a-z][a-z ]*", words[0]) and ("\\text" in given + gold or len(words[0]) > 3)
     return words[0] == words[1] and bool(is_word)
 
-def same_elements(given, gold, rel_tol, any_order) -> bool:
+def same_elements(kind, given, gold, rel_tol, any_order) -> bool:
+    r"""Lists, sets and unions in any order, as are the sides of = and \ne; everything else in its own."""
+    free = any_order if kind in (",", "\\cup") else kind in ("=", "\\ne")
     names = [{match[0] for part in parts if (match := NAME.match(part))} for parts in (given, gold)]
-    if not any_order or not all(names) and len(names[0] | names[1]) > 1:  # x=5, y=6 is not 6, 5
+    if not free or not all(names) and len(names[0] | names[1]) > 1:  # x=5, y=6 is not 6, 5
         return all(same_answer(*pair, rel_tol, any_order) for pair in zip(given, gold))
-    left = list(gold)
-    for part in given:
-        found = [other for other in left if same_answer(part, other, rel_tol, any_order)]
-        if not found:
-            return False
-        left.remove(found[0])
-    return True
+    given, gold = (list((Counter(a) - Counter(b)).elements()) for a, b in ((given, gold), (gold, given)))
+    counts = [[sum(same_answer(part, other, rel_tol, any_order) for other in among) for part in given]
+              for among in (given, gold)]
+    return counts[0] == counts[1]  # each as often here as there
 
-def same_relation(given, gold, relation, rel_tol) -> bool:
-    r"""The same sides; = and \ne may be turned round, and an equation multiplied by a number."""
-    sides, gold_sides = ([side.strip() for side in text.split(relation)] for text in (given, gold))
-    if len(sides) != len(gold_sides) or not all(sides + gold_sides):
-        return False
-    turned = gold_sides[::-1] if relation in ("=", "\\ne") else gold_sides
-    if any(all(same_answer(*pair, rel_tol, False) for pair in zip(sides, other))
-           for other in (gold_sides, turned)):
-        return True
-    if relation != "=" or len(sides) != 2:
-        return False
-    ratios = [value_of("(({})-({}))/(({})-({}))".format(*sides, *gold_sides), x) for x in (0, 1, 2)]
-    return ratios[0] != 0 and all(same_value(ratio, ratios[0], rel_tol) for ratio in ratios)
+def proportional(sides, gold_sides, rel_tol) -> bool:
+    """Is an equation another one times a number? Then so are the differences of their sides, everywhere."""
+    differences = ["-".join(f"({side})" for side in both) for both in (sides, gold_sides)]
+    ratios = [value_of("({})/({})".format(*differences), point) for point in (0, 1, 2)]
+    return len(sides) == 2 and ratios[0] != 0 and all(same_value(x, ratios[0], rel_tol) for x in ratios)
 
-def split_list(text):
-    r"""(kind, elements) of a matrix, tuple, interval, union or list; ("", [text]) of a single value."""
-    if match := re.fullmatch(r"\\begin\{matrix\}(.*)\\end\{matrix\}", text):
-        rows = [row.split("&") for row in match[1].split("\\\\")]
-        return f"matrix {[len(row) for row in rows]}", [part.strip() for row in rows for part in row]
+def split_answer(text):
+    r"""(kind, elements) of a matrix, tuple, interval, list, union or relation; ("", [text]) of a value."""
     match = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
     if match and (parts := split_top(match[2], ",")):  # none in (a)/(b): its bracket closes early
         if match[1].endswith("{") or (match[1], match[3], len(parts)) == ("(", ")", 1):
-            return split_list(match[2].strip())  # \{1,2\} is the list 1,2 and (C) is C
+            return split_answer(match[2].strip())  # \{1,2\} is the list 1,2 and (C) is C
         return match[1] + match[3], parts  # but (1,2) and [1,2] are no lists
-    if len(parts := split_top(text, "\\cup")) > 1:
-        return "union", parts
-    parts = [part.replace("\\pm", sign) for part in split_top(text, ",") or [text]
-             for sign in "+-"[:1 + (part.count("\\pm") == 1)]]
-    return ("list" if len(parts) > 1 else ""), parts
+    for separator in ("\\\\", "&", ",", "\\cup", "\\ne", "\\le", "<", "="):  # \\ and & part a matrix
+        parts = split_top(text, separator) or [text]
+        if separator == ",":  # \pm makes two elements
+            parts = [part.replace("\\pm", sign, 1) for part in parts for sign in "+-"[:1 + ("\\pm" in part)]]
+        if len(parts) > 1:
+            return separator, parts
+    return "", [text]
 
 def split_top(text, separator) -> list:
     """Split at separators outside all brackets; [] if brackets do not match or an element is empty."""
-    parts, depth = [""], 0
-    for piece in re.split(r"(\\cup|[,()\[\]{}])", text):
-        depth += (piece in list("([{")) - (piece in list(")]}"))
-        if piece == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += piece
-        if depth < 0:
-            return []
-    parts = [part.strip() for part in parts]
-    return parts if depth == 0 and all(parts) else []
+    pieces = re.split(r"(\\\\|\\(?:cup|ne|le)(?![A-Za-z])|[&,<=()\[\]{}])", text)
+    depths = list(itertools.accumulate((piece in list("([{")) - (piece in list(")]}")) for piece in pieces))
+    pieces = ["\n" if piece == separator and depth == 0 else piece for piece, depth in zip(pieces, depths)]
+    parts = [part.strip() for part in "".join(pieces).split("\n")]
+    return parts if min(depths) == depths[-1] == 0 and all(parts) else []
 
 # A unit is made of these, or it is what is counted; "million" and "below zero" are none.
 UNIT = re.compile(r"(?:[munpfckdMGT]|\\mu)?(?:m|g|s|J|eV|W|Hz|V|A|N|Pa|L|mol|K|C|F|T|cal|pc|rad|bar)|/|"
                   r"mph|in|ft|yd|mi|lb|oz|h|min|yr|AU|ly|erg|dyn|atm|rpm|dB|\\AA|\^-?[0-9]|square|cubic")
 PREFIX = {"kilo": "k", "centi": "c", "milli": "m", "micro": "\\mu", "nano": "n", "mega": "M", "": ""}
-LONG = dict(pair.split(":") for pair in """meter:m metre:m gram:g second:s sec:s minute:min hour:h hr:h
-year:yr inch:in foot:ft feet:ft yard:yd mile:mi pound:lb ounce:oz liter:L joule:J watt:W volt:V newton:N
-pascal:Pa hertz:Hz kelvin:K mole:mol radian:rad amp:A ampere:A coulomb:C calorie:cal per:/""".split())
-LONG_UNIT = re.compile(f"({'|'.join(PREFIX)})({'|'.join(LONG)})(?:e?s)?")
-COUNTED = """degree percent dollar cent unit day week month apple ball book box boy card car cat child coin
-children choice dog edge egg electron face fish game girl integer item letter marble member men micron number
-orange outcome page path people person photon piece player point problem region row share side solution step
-student team ticket tile triangle turn value vertice vote way women word worker""".split()
+WORDS = {word: unit or word for word, _, unit in (pair.partition(":") for pair in """meter:m metre:m gram:g
+second:s sec:s minute:min hour:h hr:h year:yr inch:in foot:ft feet:ft yard:yd mile:mi pound:lb ounce:oz
+liter:L joule:J watt:W volt:V newton:N pascal:Pa hertz:Hz kelvin:K mole:mol radian:rad amp:A ampere:A
+coulomb:C calorie:cal per:/ degree percent dollar cent unit day week month apple book box boy car card child
+children choice digit edge element face girl integer item letter member men move number outcome page path
+people person piece player point problem region row share side solution step student team term ticket tile
+triangle value vertice vote way women word worker""".split())}
+LONG_UNIT = re.compile(f"({'|'.join(PREFIX)})({'|'.join(WORDS)})(?:e?s)?")
 TAIL = re.compile(r"(?<=[0-9)}\]|i])(?: ?(?:\\text\{[^{}]*\}|\\AA(?![A-Za-z])|[A-Za-z]++|/|"
                   r"\^ ?(?:\{-?[0-9]\}|-?[0-9])))++$")
 
@@ -1417,61 +1394,49 @@ def split_unit(text) -> tuple:
         if sure and all(words):
             text, unit = text[:match.start()], " ".join(words)
     # a space may end a command, \pi r, or part two numbers
-    spelling = re.sub(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ", r"\1", text)
-    return spelling.removeprefix("+"), unit
+    return re.sub(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ", r"\1", text).removeprefix("+"), unit
 
 def unit_of(word):
     """One spelling of a unit, or of what is counted; None for any other word."""
-    if UNIT.fullmatch(word):
-        return word
-    if match := LONG_UNIT.fullmatch(word.lower()):
-        return PREFIX[match[1]] + LONG[match[2]]
-    forms = (word.lower().removesuffix(ending) for ending in ("", "s", "es"))
-    return next((form for form in forms if form in COUNTED), None)
+    match = LONG_UNIT.fullmatch(word.lower())
+    return word if UNIT.fullmatch(word) else match and PREFIX[match[1]] + WORDS[match[2]]
 
 def same_value(x, y, rel_tol) -> bool:
     """Fractions to the last digit, others to the eleventh; no long decimal is a root or has a pi."""
-    if x is None or y is None:
-        return False
-    if rel_tol:
-        return cmath.isclose(x, y, rel_tol=rel_tol)
     exact = [value for value in (x, y) if isinstance(value, Fraction)]
-    if len(exact) == 2:
+    if len(exact) == 2 and not rel_tol:
         return x == y
-    short = all(value.denominator < 10**4 for value in exact)
-    return short and cmath.isfinite(x) and cmath.isclose(x, y, rel_tol=1e-11)
+    short = rel_tol or all(value.denominator < 10**4 for value in exact)
+    return bool(short) and cmath.isfinite(x) and cmath.isclose(x, y, rel_tol=rel_tol or 1e-11)
 
 # LaTeX as Python, from the innermost braces outwards; letters and functions may have an index, x_(1)
 INDEX = r"(?:_(?:[A-Za-z0-9]|\([^()]*\))|')*"
-SIMPLE = rf"(?:[0-9.]+|(?:\\(?!{F}|(?:cdot|times)(?![A-Za-z]))[A-Za-z]+ ?|[A-Za-z]){INDEX}(?:\^\w)?)"
+SIMPLE = rf"(?:[0-9.]+|(?:\\(?!{F})[A-Za-z]+ ?|[A-Za-z]){INDEX}(?:\^\w)?)"
 TO_PYTHON = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in [
     (r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\sqrt ?\{([^{}]*)\}", r"((\1)^(1/2))"),
     (r"\\sqrt ?\[([0-9]+)\] ?\{([^{}]*)\}", r"((\2)^(1/\1))"),
     (r"\\(d?dot|hat|bar|vec) ?\{([^{}]*)\}", r"\\\1_(\2)"),
-    (rf"([_^(]|^|(?<=[-+*/ ])|\\(?:cdot|times|{F})|\d) ?\{{([^{{}}]*)\}}", r"\1(\2)"),
+    (rf"([_^(]|^|(?<=[-+*/ ])|\\{F}|\d) ?\{{([^{{}}]*)\}}", r"\1(\2)"),
     (r"\\l(floor|ceil)(?![A-Za-z])((?:(?!\\l(?:floor|ceil)).)*?)\\r\1", r"\\\1(\2)"),
-    (r"\|([^|]*)\|", r"\\abs((\1)^2)"),
     (rf"(\\{F}) ?\^ ?(\([0-9]+\)|[0-9]) ?((?:{SIMPLE} ?)+|\([^()]*\))", r"(\1(\3))^\2"),
     (rf"(\\{F}{INDEX}) ?((?:{SIMPLE} ?)+)", r"\1(\2)"),
     (r"([0-9]+|[A-Za-z]|\([^()]*\)) ?!(?!!)", r"\\factorial(\1)"),
 ]]
 TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)|"
-                   r"(?P<sign>\\cdot|\\times|[-+*/^,)])|(?P<open>\()|"
-                   rf"(?P<letter>(?:\\[A-Za-z]+|[A-Za-z]){INDEX})", re.ASCII)
+                   rf"(?P<sign>[-+*/^,)])|(?P<open>\()|(?P<letter>(?:\\[A-Za-z]+|[A-Za-z]){INDEX})", re.ASCII)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.Pow: operator.pow}
 LETTERS = """alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
 phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell dot ddot hat bar vec""".split()
 
 def value_of(text, point):
-    """The value of an expression: an exact Fraction where it is rational, else complex, or None.
+    r"""The value of an expression: exact where it is rational, NaN where it is none or has two readings.
 
-    Only numbers, letters, operators and FUNCTIONS are computed, and nothing is executed: Python's parser
-    makes a tree of them, which is walked. None: anything else, or two readings (a word, 2\\frac12x, 4 5).
+    Only numbers, letters, operators and FUNCTIONS are computed; Python parses them, and executes nothing.
     """
     text = re.sub(r"^(-?)([0-9]+) ?(\\frac ?\{[0-9]+\} ?\{[0-9]+\}|(?<= )[0-9]+/[0-9]+)$", r"\1(\2+\3)", text)
     if re.search(r"^[A-Za-z]{3,}$|[0-9] ?\\frac ?\{[0-9]+\}|d ?[A-Za-z]+\} ?\{d|\\partial|d[A-Za-z]/d", text):
-        return None
+        return math.nan
     before, source, values, operand = None, "", {}, False
     while text != before:
         before = text
@@ -1484,24 +1449,23 @@ def value_of(text, point):
             kind, word, text = token.lastgroup, token[0], text[token.end():].lstrip()
             source += "*" * (operand and kind in ("open", "letter"))  # 2x, (a)(b)
             if kind in ("number", "letter"):
-                name = f" v{len(values)}"
-                values[name[1:]] = Fraction(word) if kind == "number" else meaning_of(word, text, point)
-                word = name
-            source += {"^": "**", "\\cdot": "*", "\\times": "*"}.get(word, word)
+                name, word = word, f" v{len(values)}"
+                values[word[1:]] = Fraction(name) if kind == "number" else meaning_of(name, text, point)
+            source += word.replace("^", "**")
             operand = word == ")" or kind in ("number", "letter") and not callable(values[word[1:]])
         return value_of_tree(ast.parse(source.strip(), mode="eval").body, values)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, SyntaxError, TypeError, ValueError):
-        return None
+        return math.nan
 
 def meaning_of(word, rest, point):
     """What a letter is, or what a function computes: f(2x) is not 2f(x), but x(x+1) is a product."""
     name, _, index = word.removeprefix("\\").partition("_")
     if name == "log" and index:
         return lambda x: cmath.log10(x) / cmath.log10(Fraction(index.strip("()")))
-    if name in FUNCTIONS:
+    if name in FUNCTIONS and not index:
         return FUNCTIONS[name]
     is_function = name[0].isupper() or name[0] in "fgh" or rest[2:3] == ")"
-    if name in ("floor", "ceil", "abs", "factorial") or rest.startswith("(") and is_function:
+    if name in ("floor", "ceil", "factorial") or rest.startswith("(") and is_function:
         return functools.partial(unknown, word)
     if word[0] == "\\" and name not in LETTERS:
         raise ValueError(f"{word} is nothing to compute with")
@@ -1509,8 +1473,7 @@ def meaning_of(word, rest, point):
 
 def unknown(name, *values):
     """A random fraction, the same for the same name and values."""
-    seed = [value if isinstance(value, Fraction | int) else f"{value.real:.9g} {abs(value):.9g}"
-            for value in values]
+    seed = [v if isinstance(v, Fraction | int) else f"{v.real:.9g} {abs(v):.9g}" for v in values]
     return Fraction(random.Random(f"{name} {seed}").randrange(10**6, 10**7), 10**6 + 3)
 
 def value_of_tree(node, values):
@@ -1522,11 +1485,7 @@ def value_of_tree(node, values):
         return values[node.func.id](*(value_of_tree(argument, values) for argument in node.args))
     x, y = (value_of_tree(side, values) for side in (node.left, node.right))
     bits = [(v.numerator * v.denominator).bit_length() if isinstance(v, Fraction) else 0 for v in (x, y)]
-    if isinstance(node.op, ast.Pow):
-        if not isinstance(x, Fraction) or not isinstance(y, Fraction) or y.denominator != 1:
-            return complex(x)**complex(y)
-        bits = [bits[0] * abs(y)]
-    if sum(bits) > 10_000:
+    if (bits[0] * abs(y) if isinstance(node.op, ast.Pow) else sum(bits)) > 10_000:
         raise OverflowError("a tower of exponents, which would fill the memory")
     return OPERATORS[type(node.op)](x, y)
 
