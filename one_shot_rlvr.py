@@ -15,9 +15,8 @@ The algorithm is GRPO. One step of training:
     5. Loss         clipped policy gradient + 0.001 KL to the initial model - 0.001 entropy
     6. Update       one AdamW step; then again from 1, some 2,000 times
 Sections 1 to 6 are these steps; section 7 ends with main(), the loop over them, and the tutorial.
-Behind it, for whoever wants them: A the command line, B files, C models and processes, D a GPU's
-decode step, E when two answers are the same. [P] marks what is the paper's, [C] its released code's;
-README.md lists where this differs from both.
+Behind it stand A the command line, B files, C models and processes, D a GPU's decode step, E when two
+answers are the same. [P] is from the paper, [C] from its code; README.md lists our differences.
 
 Shapes: N rollouts a step (a prompt with a sampled response each), G a group, n at a time in the
 sampler; B rows of a micro-batch, padded to L tokens, T of them response, M response tokens in all
@@ -282,11 +281,6 @@ def where_sum_passes(weights, target):
     left = target - (cumulative.gather(1, index) - weights.gather(1, index))
     return index.squeeze(1), left.squeeze(1)
 
-def draw_noise(N, T, generator=None):
-    """(N, T) numbers in [0, 1), as doubles: a token of probability 1e-9 must be possible."""
-    device = generator.device if generator else None
-    return torch.rand(N, T, dtype=torch.float64, generator=generator, device=device)
-
 def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slots=None, generator=None,
              noise=None, cuda_graph=False, return_logprobs=False):
     """Sample a response to each prompt; both are lists of token ids, the stop token is included.
@@ -295,8 +289,9 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
     from `generator` if not given: `slots` changes the speed, but for rounding not the responses.
     return_logprobs: (responses, their log-probabilities, a tensor (T,) for each).
     """
-    N = len(prompts)
-    noise = draw_noise(N, max_response_tokens, generator) if noise is None else noise
+    N, device = len(prompts), generator.device if generator else None
+    if noise is None:  # as doubles: a token of probability 1e-9 must be possible
+        noise = torch.rand(N, max_response_tokens, dtype=torch.float64, generator=generator, device=device)
     responses, all_logprobs = N * [None], N * [None]
     for i, response, logprobs in generate_each(model, prompts, N * [max_response_tokens], N * [temperature],
                                                noise, stop_ids, slots, cuda_graph):
@@ -614,16 +609,15 @@ def set_up(config) -> Run:
     stop_ids = find_stop_ids(tokenizer, policy.generation_config)
     if not stop_ids:
         fail(f"--model {config.model}: nothing in it names a token that ends a response")
-    every, most = len(examples), config.max_prompt_tokens
-    examples = [example for example in examples if len(example["prompt"]) <= most]
-    prompts = [example["prompt"] for example in examples]
-    print(f"{len(prompts)} of {every} prompts have at most {most} tokens")
-    if not prompts:
-        fail(f"--max-prompt-tokens {most}: no prompt is that short")
+    short = [example for example in examples if len(example["prompt"]) <= config.max_prompt_tokens]
+    print(f"{len(short)} of {len(examples)} prompts have at most {config.max_prompt_tokens} tokens")
+    if not short:
+        fail(f"--max-prompt-tokens {config.max_prompt_tokens}: no prompt is that short")
+    prompts = [example["prompt"] for example in short]
     check_prompts(policy, prompts, len(prompts) * [config.max_response_tokens])
     check_head(policy, prompts[0])
     ref_policy, sampler, optimizer = prepare_training(policy, config)
-    return Run(config, folder, rank, processes, examples, benchmarks, tokenizer, stop_ids, policy,
+    return Run(config, folder, rank, processes, short, benchmarks, tokenizer, stop_ids, policy,
                ref_policy, sampler, optimizer, {"policy": policy, "optimizer": optimizer}, {})
 
 def steps_to_make(run):
@@ -658,11 +652,12 @@ def sample_rollouts(run, step) -> Batch:
     prompts = [example["prompt"] for example in examples]
     # 2. Rollouts; the noise depends on (seed, step) alone, so that a resumed run samples the same
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + step)  # distinct for each pair
-    noise = draw_noise(config.prompts_per_step * G, config.max_response_tokens, generator)
+    noise = torch.rand(config.prompts_per_step, G, config.max_response_tokens, dtype=torch.float64,
+                       generator=generator)[share].flatten(0, 1)
     responses, sampler_logprobs = generate(
         run.sampler, prompts, max_response_tokens=config.max_response_tokens, temperature=config.temperature,
-        stop_ids=run.stop_ids, slots=config.slots, noise=noise.unflatten(0, (-1, G))[share].flatten(0, 1),
-        cuda_graph=config.cuda_graph and run.policy.device.type == "cuda", return_logprobs=True)
+        stop_ids=run.stop_ids, slots=config.slots, noise=noise, return_logprobs=True,
+        cuda_graph=config.cuda_graph and run.policy.device.type == "cuda")
     # 3. Reward
     texts = run.tokenizer.batch_decode(responses, skip_special_tokens=True)
     rewards = [reward_of(text, example["answer"], config.reward) for text, example in zip(texts, examples)]
@@ -865,21 +860,19 @@ def load_examples(names, answer="") -> list:
     known, examples = read_json(Path(__file__).resolve().with_name("examples.json")), {}
     for source in names:
         if source in known:
-            rows = {source: {"name": source, **known[source]}}
+            rows = {1: {"name": source, **known[source]}}
         elif source.endswith(".jsonl"):
             rows = read_jsonl(source)
         elif source.endswith(".json"):  # one example, or an array of them
             rows = read_json(source)
             rows = dict(enumerate(rows if isinstance(rows, list) else [rows], 1))
         else:
-            fail(f"--example {source}: give a .jsonl file of problem and answer, or one of "
-                 f"{', '.join(known)}")
+            fail(f"--example {source}: give a .jsonl file, or one of {', '.join(known)}")
         for number, row in rows.items():
             row = row if isinstance(row, dict) else {}
             problem, label = row.get("problem"), answer or row.get("answer")
             # no list, no true, and no NaN, which is not equal to itself: none could ever be right
-            usable = type(label) in (str, int, float) and label == label
-            if type(problem) is not str or not problem or not usable:
+            if not (problem and type(problem) is str and type(label) in (str, int, float) and label == label):
                 fail(f'--example {source}, row {number}: it needs a "problem" and an "answer"')
             name = str(row.get("name", Path(source).stem + f"-{number}" * (len(rows) > 1)))
             if name in examples:
@@ -1333,9 +1326,8 @@ def same_elements(kind, given, gold, rel_tol, any_order) -> bool:
     if not free or not all(names) and len(names[0] | names[1]) > 1:  # x=5, y=6 is not 6, 5
         return all(same_answer(*pair, rel_tol, any_order) for pair in zip(given, gold))
     given, gold = (list((Counter(a) - Counter(b)).elements()) for a, b in ((given, gold), (gold, given)))
-    counts = [[sum(same_answer(part, other, rel_tol, any_order) for other in among) for part in given]
-              for among in (given, gold)]
-    return counts[0] == counts[1]  # each as often here as there
+    return all(len({sum(same_answer(part, other, rel_tol, any_order) for other in among)
+                    for among in (given, gold)}) == 1 for part in given)  # as often here as there
 
 def proportional(sides, gold_sides, rel_tol) -> bool:
     """Is an equation another one times a number? Then so are the differences of their sides, everywhere."""

@@ -311,7 +311,7 @@ def test_cuda_samples_what_the_cpu_samples(cuda_graph):
 
 def test_sampling_follows_the_softmax():
     logits = torch.tensor([[1.0, 0.0, -2.0, 3.0, -1e9]]).expand(200_000, -1)
-    noise = rl.draw_noise(1, 200_000, torch.Generator().manual_seed(0))[0]
+    noise = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature in (0.6, 1.0):
         tokens, _ = rl.sample_tokens(logits, torch.full((200_000,), temperature), noise)
         share = tokens.bincount(minlength=5) / 200_000
@@ -371,170 +371,17 @@ def test_logits_that_are_not_finite_end_sampling(cuda_graph):
 # -- 3. Reward ---------------------------------------------------------------------------
 
 # {kind: rows (gold, right answers, wrong answers)}, answers parted by " | "
-ANSWERS = {
-    "numbers by value": [
-        ("12.8", r"12.8 | 64/5 | \frac{64}{5} | 12.80 | 12\frac45 | 1.28e1",
-         r"12.7 | 12.70 | 12.699 | 8\sqrt[3]{4} | 13 | -12.8"),
-        ("27.0", r"027 | 27 | 27. | \sqrt[3]{19683} | 3^3", "2.7 | 270 | 27.01"),
-        (r"\frac12", r".5 | 0.5 | 1/2 | \dfrac{1}{2} | \tfrac12 | \frac 12 | \frac{-1}{-2} | ½ | 2^{-1}",
-         r"\frac21 | 0.51 | \frac1{2.1}"),
-        (r"\frac{4}{3}", r"\frac{8}{6} | 1\frac13 | \frac{\frac43}{1}",
-         r"1.3333 | 1.33333333333333 | \frac{3}{4}"),
-        (r"-\frac{2023}{2024}", r"-\frac{2023}{2024} | -2023/2024 | \frac{-2023}{2024}",
-         r"\frac{2023}{2024} | -\frac{2024}{2023}"),
-        ("7/2", r"3 1/2 | 3\frac{1}{2} | 3.5", r"31/2 | 1.5 | 3\frac{2}{1}"),
-        ("3", r"\sqrt[3]{27} | 9^{1/2} | 2+1 | \sqrt{3}\sqrt{3} | 3\  | 3. | $3$ | \( 3 \)",
-         r"-3 | \sqrt{3} | 3! | 3x"),
-        (r"\frac{22}{7}", r"\frac{44}{14}", r"\pi | 3.142857142857"), ("-1", "i^2", "i | 1"),
-        ("2^{1009}", r"2\cdot 2^{1008} | 2^{1009}", "2^{1010}"), ("5", "+5 | {5}", "4=5 | 5 5"),
-    ],
-    "scientific notation": [
-        ("1.5e-3", r"1.5 \times 10^{-3} | 0.0015 | 1.5\cdot10^{-3} | 1.5E-3", "1.5e3 | 1.5"),
-        ("4.5e33", r"4.5 \times 10^{33} | 4.5 \times 10^{33} \text{ erg/s} | 4.5\times10^{33} erg/s | "
-         "4.5E+33", r"4.5 \times 10^{32}"),
-        (r"3\pi\cdot 10^{-27}", r"3\cdot\pi\cdot 10^{-27}", r"2\pi\cdot 10^{-27} | 0"),
-    ],
-    "thousands": [
-        ("1234", r"1,234 | 1{,}234 | 1,\!234 | 1\,234", "12,34 | (1,234) | 1, 234 | 1"),
-        (r"$\$58,500$", r"58500 | \$58,500 | 58,500", "58 | 58,5"), ("472/10000", "472/10,000", "472/10"),
-        ("500", r"\frac{1,000}{2}", r"\frac{1}{2}"), ("24", "24", "2,4"), ("4", "4", "4,000"),
-        ("12345", "12,345", "1,234,5"),
-    ],
-    "percent, currency, degrees": [
-        (r"12\%", r"12 | 12\% | 12%", "0.12"), ("75", r"75\%", r"0.75\% | 7.5"),
-        (r"\$36", r"36 | 36 \text{ dollars} | $36 | $36$ | $36.$", "0.36 | 36 cents"),
-        ("90", r"90^\circ | 90^{\circ} | 90°", r"\frac{\pi}{2}"),
-        (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ | \frac{270}{7}", r"\frac{270}{7}\text{ days}"),
-        (r"\frac{180}{7}", r"\frac{180^\circ}{7}", r"\frac{7}{180}"), ("45", "45", r"4^\circ 5"),
-        (r"5.4 \text{ cents}", r"5.4 | 5.4\text{ cent}", r"\$5.4 | $5.4 | 54"),
-    ],
-    "units": [
-        (r"15\mbox{ cm}^2", r"15 | 15 \text{ cm}^2 | 15\,\mathrm{cm}^{2} | 15cm^2",
-         r"15\text{ cm}^3 | 15\text{ m}^2 | 15 \text{ cm}"),
-        ("12.8", r"12.8 mph | 12.8 \text{ miles per hour} | 12.8\,\mathrm{mph}",
-         r"12.8 \text{ million} | 12.7 \text{ mph}"),
-        (r"5\text{ m}", r"5\text{ meters} | 5 \text{ metre} | 5", r"5\text{ mm} | 5\text{ km} | 5\text{ s}"),
-        ("6630", r"6630\text{ \AA} | 6630 \AA | 6630\ \mathrm{Å}", r"663\text{ \AA}"),
-        ("300", r"300\,\mu\text{m} | 300\text{ K}", r"300\mu"),
-        ("9.8", r"9.8\mathrm{~m}/\mathrm{s}^{2} | 9.8 m/s^2 | 9.8\text{ m/s}^2", "9.8 x/y"),
-        ("15000", r"15000\text{ kcal m}^{-2}\text{ yr}^{-1}", r"15000\text{ k}"),
-        ("12", r"12 m/s | 12\text{ apples}", r"12\text{ quadrillion} | 12\text{ dozen}"),
-        ("3", "3", r"3\text{ quarters}"),
-        ("5", r"5 \text{ paths} | 5\text{ months}",
-         r"5\text{ below zero} | 5 \text{ million} | 5\text{ or }6"),
-        ("2km", r"2\text{ km}", "2 k m"), ("6", "6", "6m"),
-        (r"4\text{ cm}", "4 | 4 cm", r"\text{ cm} | 4\text{ kg}"),
-        (r"45^{\circ}30'", r"45^\circ30'", r"45^\circ"),
-    ],
-    "names": [
-        ("5", r"x=5 | AB = 5 | x = 3+2 = 5 | \text{Area}=5", "x=6 | x= | 2x=5 | 4=5"),
-        ("x=5", "5", "y=5 | x=-5"), ("7", "f(3) = 7", "f(7)=3"),
-        ("[-2,7]", r"x \in [-2,7]", r"x\notin[-2,7]"), ("(1,2)", "(x,y)=(1,2)", "(x,y)=(2,1)"),
-        ("2x", "f(x)=2x", "f(x)=2y"), ("12.8", "V_{max} = 12.8", r"V_{max} \ne 12.8"),
-        ("4", "4", r"\not=4 | \neg=4 | \text{Not}=4 | \lnot=4 | \text{It is not}=4 | n\ne 4"),
-    ],
-    "tuples and intervals in their order": [
-        ("(1,2)", r"(1, 2.0) | \left(1,2\right)", "(2,1) | [1,2] | 1,2 | (1,2,3) | (1,,2)"),
-        ("[1,2]", "[1, 4/2]", "[2,1] | [1,2) | (1,2)"),
-        (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right) | (3, pi/2)", r"(\frac{\pi}{2},3)"),
-        ("(0,2]", "(0,2]", "(0,,2] | (0,2)"), ("(A, a)", "(A,a)", "(a, A)"),
-        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} | "
-         r"\begin{pmatrix} 1 & 4/2 \\ 3 & 4 \\ \end{pmatrix}",
-         r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix} | \begin{pmatrix} 3 & 4 \\ 1 & 2 \end{pmatrix} | "
-         r"\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} | 1,2,3,4"),
-        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\left(\begin{array}{c}1\\2\end{array}\right) | "
-         r"\begin{bmatrix} 1\\2 \end{bmatrix}",
-         r"\begin{pmatrix} 1 & 2 \end{pmatrix} | \begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
-    ],
-    "lists, sets and unions in any order": [
-        (r"\{1,2\}", r"\{2,1\} | 1,2 | 2, 1 | 1 \text{ and } 2 | 2 or 1 | 1;2",
-         "1 | 1,2,3 | 1,1 | 1,2, | 12"),
-        ("3, 5, 7", "7,5,3 | 7, 3 and 5", "3,5 | 3,5,5 | 3,3,5,7"),
-        (r"1\pm\sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19} | 1 \pm \sqrt{19}",
-         r"1+\sqrt{19} | 1\pm\sqrt{18} | 1+\sqrt{19},1+\sqrt{19}"), ("3", "3", r"\pm1\pm2"),
-        (r"1\pm\sqrt{5},-2", r"\{1\pm\sqrt5,-2\} | -2, 1-\sqrt5, 1+\sqrt5", r"1\pm\sqrt5,2"),
-        (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)",
-         r"(-\infty,2) | (-\infty,2)\cup(3,\infty] | (2,-\infty)\cup(3,\infty)"),
-        (r"x=2\text{ or }x=-7", "x=-7, x=2 | 2,-7 | -7, 2", "x=7,x=2"), ("x=5, y=6", "y=6, x=5", "x=6, y=5"),
-        ("1,2", "x=1, x=2 | x=2,x=1", "(1,2)"),
-        ("(1,2),(3,4)", "$(1,2)$, $(3,4)$ | (3,4),(1,2)", "(2,1),(3,4) | (1,2,3,4)"),
-        (r"\pm 2", "2,-2 | -2, 2", "2"), ("4", "4", "4 or 5 | 4,4"),
-    ],
-    "letters as they are written": [
-        (r"\frac{m}{M}", r"\frac{m}{M} | m/M | \frac{2m}{2M}", r"\frac{M}{m} | 1"),
-        ("a^2-A^2", "(a-A)(a+A) | -A^2+a^2", "A^2-a^2 | 0"), ("2k+K", "K+2k", "2K+k | 3k"),
-        ("e^{-E}", r"\frac{1}{e^E}", "E^{-e}"), ("x_1", "x_{1}", "x | x1 | x_2"),
-        (r"\pi r", r"\pi  r | r\pi", r"\pi R"), (r"2\pi", "2pi | pi*2", "2p | 6.28318530718"),
-        (r"\frac{\pi}{2}", r"pi/2 | \frac12\pi", r"\frac{p}{2}"), ("52_8", "52_{8}", "52 | 52_9 | 42"),
-        (r"\sqrt2", r"\sqrt{2} | 2^{1/2} | √2", "1.41421356237 | 2"),
-    ],
-    "expressions by value": [
-        (r"\frac{5\sqrt{3}}{3}", r"5\sqrt{3}/3 | \frac{5}{\sqrt3}", r"\frac{5}{3}"),
-        (r"3\sqrt{13}", r"\sqrt{117}", r"\sqrt{118}"),
-        (r"\frac{11+9a}{20}", r"\frac{9a+11}{20}", r"\frac{9+11a}{20}"),
-        ("6r^2-4r-24", "2(3r^2-2r-12)", "2(3r^2-2r+12)"), (r"1+3i\sqrt2", r"3\sqrt{2}i+1", r"1-3i\sqrt2"),
-        ("x^2+x", "x(x+1) | x² + x", "x(x+2)"), (r"\frac13[a+b]", r"\frac{a+b}{3}", r"\frac{a-b}{3}"),
-        ("|x|", r"\lvert x\rvert | \vert x\vert", "x"),
-        (r"\frac{d !}{2 k(d-k) !}", r"\frac{d!}{2k(d-k)!}", r"\frac{d!}{2k(k-d)!}"),
-        (r"I(0) e^{-\frac{t}{R C}}", r"I(0) e^{-\frac{t}{RC}}", r"-I(0) e^{-\frac{t}{RC}} | 0"),
-        ("2n", r"$2 n$ | 2\,n", "n2n"), ("x", "x", r"2\frac{1}{2}x | 1x1"),
-    ],
-    "functions": [
-        (r"\ln 2", r"\ln(2) | \ln{2} | ln 2", r"\ln 3 | 0.69314718056"),
-        (r"\frac{\cos (2 t)}{15}", r"\frac{\cos 2t}{15}", r"\frac{2\cos t}{15}"),
-        (r"\cot x", r"\frac{1}{\tan x}", r"\tan x"), (r"\tan^2 y+1", r"\sec^2 y", r"\sec^2 x"),
-        (r"\log_2 3", r"\log_{2}{3} | \log_2(3)", r"\log_3 2 | \log 3"),
-        (r"(\sin x)^2", r"\sin^2 x | 1-\cos^2 x", r"\sin x^2 | \sin^2 X"),
-        (r"3\log 2", r"\log 8", r"2\log 3"), (r"\log 2+\log 3", r"\log 6", r"\log 5"),
-        (r"\log x+\log y", r"\log y+\log x", r"\log(x+y)"),
-        (r"\frac{1}{2}(e^{at}+e^{-at})", r"\cosh(at)", r"\sinh(at)"),
-        (r"\arctan(x/2)", r"\arctan(\frac{x}{2})", r"\frac{\arctan(x)}{2}"),
-        ("f(2x)", "f(2x)", "2f(x) | f(x2)g"),
-        (r"\lfloor\frac{2n}{3}\rfloor+1", r"1+\lfloor 2n/3 \rfloor | \left\lfloor\frac{2n}{3}\right\rfloor+1",
-         r"2\lfloor\frac{n}{3}\rfloor+1 | \lceil\frac{2n}{3}\rceil+1 | \frac{2n}{3}+1"),
-        (r"\lceil n/2\rceil+1", r"1+\lceil\frac n2\rceil", r"\lfloor n/2\rfloor+1"),
-        (r"\sum k^2", r"\sum k^2", r"k\sum k"), (r"\sin x", r"\sin(x)", r"\sin_2 x"),
-        ("np.arcsin(10/13)", "np.arcsin(10/13)", "np.arcsin(13/10)"),
-    ],
-    "relations": [
-        ("y = 2x + 3", "2x-y+3=0 | y=3+2x | 2y=4x+6", "y=2x-3 | y=2x+3=0"),
-        ("5x - 7y + 11z + 4 = 0", "-5x+7y-11z-4=0", "5x-7y+11z=4"), ("SRMC=MR", "MR=SRMC", "MR=SRMR"),
-        (r"m \dot v+b v=f", r"m\dot{v}+bv=f", r"m\dot{v}-bv=f"),
-        (r"\frac{dx}{dt}=kx-a", r"\frac{dx}{dt}=kx-a", r"\frac{x}{t}=kx-a"),
-        (r"a\mid b", r"a\mid b", r"b\mid a"), (r"A\subset B", r"A\subset B", r"B\subset A"),
-        (r"x\le 4", r"x<=4 | x \leq 4 | 4\ge x | x ≤ 4", r"x<4 | x\ge 4 | 4"),
-        (r"n\ne 0", "n != 0 | n ≠ 0", "n=0"), (r"x\ge 3", r"3\le x | x\geqslant 3", r"x\le 3 | x>3"),
-        ("5", "5", r"> 5 | \approx 5"),
-    ],
-    "words, choices, fonts": [
-        (r"\text{Evelyn}", "evelyn | Evelyn", "Eve"),
-        (r"\text{(C)}", r"C | c | \textbf{(C)} | (C)", "(B) | A, B, C, D"),
-        (r"\text{odd}", r"\text{odd.} | odd", r"\text{even}"), ("east", "east", "seat"),
-        ("25.0", r"\mathbf{25} | \text{50/2} | \text{25}", r"\text{2 or 5}"),
-        ("2", "2", r"\text{2 or 5} | 2\mathrm{i}"), (r"2\mathrm{i}", "2i", "2"), ("1/4", "¼", "4"),
-        (r"\sqrt{10}", "√10", "10"), ("-3", "−3", "3"),
-    ],
-}
-PAIRS = [pytest.param(gold, box, verdict, id=f"{kind}: {box} ~ {gold}") for kind, rows in ANSWERS.items()
-         for gold, *both in rows for verdict, boxes in zip((True, False), both) for box in boxes.split(" | ")]
-HOSTILE = [box for line in r"""9^{9^{9^{9}}} | 9^9^9^9 | 1e999999 | 1e999 | 10^{999999999} | 200!!
-    (((3!)!)!)! | A, B, C, D
-    4\text{ or 5} | 4 \text{ and } 5 | 3, 4, 5 | 4, 5 | 4 or 5 | 4;5 | 4, | 4 5 | 4=5 | [4] | 4\pm 0.1
-    4\text{ to }5 | \neq 4
-    \approx 4 | > 4 | 4... | 4/ | 4^ | 4e | NaN | nan | inf | \infty | -\infty | 0_4 | 4_0 | 1_2 | 0x4
-    print(4) | 4//1 | 0%4
-    __import__('os') | 4 if 1 else 5 | 4.0000000000000000001 | 3.9999999999999999999 | 1/0 | \frac{4}{0}
-    \ln 0 | 0^{-1} | 4x
-    \text{not }4 | 4 \text{ million} | 4 \text{ (or 5)} | 4\mathrm{i} | 4_{10} | 4\cup 5 | 4\\5 | 4&5 | 400
-    0.04 | 4\text{ k}
-    4\unit{or 5} | 4\text{ cm}\text{or 5} | 4\text{ feet}\frac{1}{2} | 4 feet \approx {5}
-    4\text{ m}\phantom{5} | 4\text{ bn}
-    4 \text{ Million} | 4\text{ Or six} | 4\text{ fifths} | 4\text{ point six} | 4\text{ twelfths}
-    4\text{ less six} | \boxed{5}
-    \binom{4}{2} | \frac{d4}{d1} | 4\frac{0}{1}x | \sin 4 | 4\%\text{ of }5 | f(4) | \lfloor 4.5
-    4\text{ m}/5 | (4 | 4)
-    """.splitlines() for box in line.strip().split(" | ") if box] + [
-    "{" * 400 + "}" * 400, "(" * 300 + "4" + ")" * 300, "3^{9999}" * 90, "(2/3)^{999}" * 60,
+def answer_pairs():
+    """(kind, gold, box, verdict) of all that labs/answers.txt holds."""
+    pairs, kind, gold = [], "", ""
+    for line in (HERE / "labs" / "answers.txt").read_text(encoding="utf-8").splitlines():
+        word, _, text = line.partition(" ")
+        kind, gold = text if word == "#" else kind, text.lstrip() if word == "gold" else gold
+        if word in ("right", "wrong"):
+            pairs += [(kind, gold, box, word == "right") for box in text[1:].split(" | ")]
+    return pairs
+
+LONG = ["{" * 400 + "}" * 400, "(" * 300 + "4" + ")" * 300, "3^{9999}" * 90, "(2/3)^{999}" * 60,
     r"\sqrt" * 190 + "4", "-" * 500 + "5",
     "\uff14", "\u0664", "4\u00b2", "1" * 100_000, r"\frac{" * 20_000 + "}" * 20_000,
     "{" * 100_000 + "}" * 100_000,
@@ -544,18 +391,17 @@ HOSTILE = [box for line in r"""9^{9^{9^{9}}} | 9^9^9^9 | 1e999999 | 1e999 | 10^{
     "9^" * 199 + "9", "-" * 391 + "4"]
 HUGE = [("2^{2000}", r"\sqrt2"), (r"\sqrt2", "2^{2000}"), (r"\sin 2^{2000}", "4"), ("f(2^{2000})", "f(2)")]
 
-@pytest.mark.parametrize("gold, box, verdict", PAIRS)
-def test_answers(gold, box, verdict):
-    assert rl.is_correct(rf"Thus the answer is $\boxed{{{box}}}$.", gold) is verdict
-
-@pytest.mark.parametrize("box", HOSTILE, ids=lambda box: box[:30].encode("unicode_escape").decode())
-def test_hostile_answer_is_wrong_and_quick(box):
+@pytest.mark.parametrize("kind, gold, box, verdict", answer_pairs())
+def test_answers(kind, gold, box, verdict):
     start = time.perf_counter()
-    assert rl.is_correct(rf"\boxed{{{box}}}", "4") is False
+    assert rl.is_correct(rf"Thus the answer is $\boxed{{{box}}}$.", gold) is verdict
     assert time.perf_counter() - start < 0.5  # it takes a few ms; a quadratic scan, seconds
 
+@pytest.mark.parametrize("box", LONG, ids=lambda box: box[:30].encode("unicode_escape").decode())
+def test_long_answer_is_wrong_and_quick(box):
+    test_answers("", "4", box, False)
 
-@pytest.mark.parametrize("answer", [gold for rows in ANSWERS.values() for gold, *_ in rows] + [
+@pytest.mark.parametrize("answer", [*dict.fromkeys(gold for _, gold, *_ in answer_pairs())] + [
     "2516_8", r"$(-\infty, 0) \cup\{1\}$.", r"864 \mbox{ inches}^2", r"\div", r"$221,$8$", r"$8 \%$",
     r"\binom{n}{2}",
     r"\omega_{n}^{2} e^{-\zeta \omega_{n} t} \cos \left(\omega_{n} \sqrt{1-\zeta^{2}} t\right)"])

@@ -194,7 +194,7 @@ def print_plan(lengths) -> None:
 def ours(policy, ref_policy, sampler, optimizer, prompt, config, lengths) -> dict:
     """Sampling and update of one_shot_rlvr.py, as its main() calls them."""
     N, start = len(lengths), clock()
-    noise = rl.draw_noise(N, config.max_response_tokens)
+    noise = torch.rand(N, config.max_response_tokens, dtype=torch.float64)
     _, responses, logprobs = zip(*sorted(rl.generate_each(
         sampler, N * [prompt], lengths.tolist(), N * [config.temperature], noise, [], config.slots,
         config.cuda_graph)))
