@@ -10,11 +10,8 @@
 The protocol is the paper's: greedy for MATH500, Minerva and OlympiadBench; for the small AIME and AMC sets
 the mean over 8 samples at temperature 0.6 (avg@8, which the released code calls pass@8); 3,072 new tokens;
 the system message of Qwen2.5-Math where the chat template has a system role; the plain mean of the six.
-Sampling and checking are the trainer's own. Base and trained model are run in one precision.
-
 avg@k is the share of right answers, over problems and k samples of each; +- its standard error over problems;
-pass@k the share of problems that one of k samples solves. The noise behind a response is drawn from (seed,
-benchmark, problem, sample): but for rounding, neither --slots nor a stop on the way changes it.
+pass@k the share of problems that one of k samples solves.
 """
 import itertools
 import json
@@ -26,7 +23,7 @@ import zlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import one_shot_rlvr as rl  # before torch: it sets what torch reads when it is imported
 
@@ -37,30 +34,24 @@ from filelock import FileLock
 
 # -- 1. Benchmarks -----------------------------------------------------------------------
 
-class Benchmark(NamedTuple):
-    """Where a benchmark lies, on the hub or in a file, and how it is sampled."""
-    source: str
-    k: int = 1                  # responses a problem
-    temperature: float = 0.0
-
+# {name: (where it lies, on the hub or in a file; k, the responses a problem; their temperature)}
 PAPER = {
-    "math500": Benchmark("HuggingFaceH4/MATH-500"),
-    "aime24": Benchmark("math-ai/aime24", 8, 0.6),
-    "amc23": Benchmark("math-ai/amc23", 8, 0.6),
-    "minerva_math": Benchmark("math-ai/minervamath"),
-    "olympiadbench": Benchmark("math-ai/olympiadbench"),
-    "aime25": Benchmark("math-ai/aime25", 8, 0.6),
+    "math500": ("HuggingFaceH4/MATH-500", 1, 0.0),
+    "aime24": ("math-ai/aime24", 8, 0.6),
+    "amc23": ("math-ai/amc23", 8, 0.6),
+    "minerva_math": ("math-ai/minervamath", 1, 0.0),
+    "olympiadbench": ("math-ai/olympiadbench", 1, 0.0),
+    "aime25": ("math-ai/aime25", 8, 0.6),
 }
 # in files beside the base model; sampled, because greedy would show its commonest style alone
-TINY = {name: Benchmark(f"{rl.TINY_BASE}/{name}.jsonl", 4, 0.6)
+TINY = {name: (f"{rl.TINY_BASE}/{name}.jsonl", 4, 0.6)
         for name in ("tiny_add", "tiny_sub", "tiny_mul", "tiny_max", "tiny_mod", "tiny_eqn")}
 BENCHMARKS = PAPER | TINY
 
 def problem_and_answer(row) -> dict:
-    """A row of any of the six, from the hub or the paper's files -> {"problem", "answer", ...}.
+    """A row of any of the six -> {"problem", "answer", ...}; KeyError, TypeError, IndexError: it has none.
 
-    The gold is `answer`, else the first `final_answer` (OlympiadBench) or the solution's last box (Minerva,
-    AIME24). KeyError, TypeError or IndexError where something is missing.
+    The gold is `answer`, else the first `final_answer` (OlympiadBench) or the solution's last box (Minerva).
     """
     answer = row.get("answer")
     if answer is None:
@@ -73,7 +64,7 @@ def problem_and_answer(row) -> dict:
 
 def load_benchmark(name, data_dir=None) -> list:
     """Rows {"problem", "answer", ...}: of DIR/NAME.jsonl, of a .jsonl file, or from the hub."""
-    source = BENCHMARKS[name].source if name in BENCHMARKS else name
+    source = BENCHMARKS[name][0] if name in BENCHMARKS else name
     if data_dir and not name.endswith(".jsonl"):
         source = f"{data_dir}/{name}.jsonl"
     rl.make_tiny_base(str(Path(source).parent))
@@ -112,9 +103,9 @@ def load_benchmarks(names, data_dir=None, limit=None) -> dict:
 
 def protocol(name, k=None, temperature=None) -> tuple:
     """k and temperature of a benchmark: those given, else its own, else one greedy response."""
-    own = BENCHMARKS.get(name, Benchmark(name))
-    temperature = own.temperature if temperature is None else temperature
-    return k or (own.k if temperature else 1), temperature
+    _, own_k, own_temperature = BENCHMARKS.get(name, (name, 1, 0.0))
+    temperature = own_temperature if temperature is None else temperature
+    return k or (own_k if temperature else 1), temperature
 
 
 # -- 2. Samples --------------------------------------------------------------------------
@@ -205,14 +196,11 @@ def part_of(rows, name, key="benchmark", value=None) -> list:
     """The rows of a benchmark or, with a key and its value, of one subject of it."""
     return [row for row in rows if row["benchmark"] == name and row.get(key) == (value or name)]
 
-def problem_of(row) -> tuple:
-    return row["benchmark"], row["number"], row["problem"]
-
 def by_problem(rows, verdict="correct") -> dict:
     """Checked responses -> {problem: [whether each sample is right]}."""
     samples = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row["number"], row["sample"])):
-        samples[problem_of(row)].append(row[verdict])
+        samples[row["benchmark"], row["number"], row["problem"]].append(row[verdict])
     return samples
 
 def accuracy(rows, verdict) -> dict:
@@ -241,12 +229,17 @@ def measure_all(rows, names) -> dict:
     """Checked responses -> {"benchmarks": {name: measures}, "average": mean of avg@k, ...}."""
     benchmarks = {name: measure(part_of(rows, name)) for name in names}
     for name, key in itertools.product(names, ("subject", "level")):
-        if values := values_of(rows, name, key):
-            benchmarks[name][f"by_{key}"] = {value: measure(part_of(rows, name, key, value))
-                                             for value in values}
+        parts = {value: measure(part_of(rows, name, key, value)) for value in values_of(rows, name, key)}
+        benchmarks[name] |= {f"by_{key}": parts} if parts else {}
     return {"benchmarks": benchmarks,
             "average": float(np.mean([m["avg_at_k"] for m in benchmarks.values()])),
             "average_lenient": float(np.mean([m["lenient"]["avg_at_k"] for m in benchmarks.values()]))}
+
+def scores_of(result, lenient=False) -> dict:
+    """What measure_all gives, in short -> {"average": mean of avg@k, benchmark: its avg@k, ...}."""
+    scores = {name: m["lenient"] if lenient else m for name, m in result["benchmarks"].items()}
+    return {"average": result["average_lenient" if lenient else "average"],
+            **{name: m["avg_at_k"] for name, m in scores.items()}}
 
 
 # -- 4. Tables ---------------------------------------------------------------------------
@@ -323,8 +316,8 @@ def compare(path_a, path_b, by, verdict) -> None:
           "paired by problem. Better: by more than two of these; chance alone is in one line of twenty.\n")
     # how much of it is format? of what was won, how much was boxed, and came to its end, before
     for word, (side, rows) in itertools.product(("won", "lost"), (("A", rows_a), ("B", rows_b))):
-        rows = [row for row in rows if problem_of(row) in lines["average"][word]]
-        if rows:
+        problems = lines["average"][word]
+        if rows := [row for row in rows if (row["benchmark"], row["number"], row["problem"]) in problems]:
             boxed = np.mean([rl.has_box(row["text"]) for row in rows])
             ended = np.mean([not row["truncated"] for row in rows])
             print(f"{word}, responses of {side}: {boxed:.0%} boxed, {ended:.0%} came to their end")
@@ -391,10 +384,7 @@ def curve(run, base, output, evaluate_step, lenient) -> None:
     for step, (model_name, step_output) in models.items():
         result = evaluate_step(model_name, step_output)
         # of the step's own rollouts, the last before its weights; the first are the base model's own
-        rows.append({"step": step, "reward": rewards.get(max(step, 1)),
-                     "average": result["average_lenient" if lenient else "average"]})
-        for benchmark, measures in result["benchmarks"].items():
-            rows[-1][benchmark] = (measures["lenient"] if lenient else measures)["avg_at_k"]
+        rows.append({"step": step, "reward": rewards.get(max(step, 1)), **scores_of(result, lenient)})
         with rl.atomically(output) as temporary:
             rl.append_rows(temporary, rows, mode="w")
         print(f"step {step}/{max(models)}", *(f" {key} {value:.3f}" for key, value in rows[-1].items()
@@ -471,8 +461,7 @@ def main(argv=None) -> None:
         return curve(args.run, args.model, args.output, run_one, args.lenient)
     result = run_one(args.model, args.output)
     print_table(result, args.by, args.lenient)
-    print(f"\n{result['tokens_per_second']:,.0f} tokens a second; written to {args.output}, each response to "
-          ".jsonl")
+    print(f"\n{result['tokens_per_second']:,.0f} tokens a second; written to {args.output} and .jsonl")
 
 if __name__ == "__main__":
     rl.as_a_command(main)

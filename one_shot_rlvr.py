@@ -292,11 +292,10 @@ def generate(model, prompts, *, max_response_tokens, temperature, stop_ids, slot
     N, device = len(prompts), generator.device if generator else None
     if noise is None:  # as doubles: a token of probability 1e-9 must be possible
         noise = torch.rand(N, max_response_tokens, dtype=torch.float64, generator=generator, device=device)
-    responses, all_logprobs = N * [None], N * [None]
-    for i, response, logprobs in generate_each(model, prompts, N * [max_response_tokens], N * [temperature],
-                                               noise, stop_ids, slots, cuda_graph):
-        responses[i], all_logprobs[i] = response, torch.tensor(logprobs)
-    return (responses, all_logprobs) if return_logprobs else responses
+    ended = sorted(generate_each(model, prompts, N * [max_response_tokens], N * [temperature], noise,
+                                 stop_ids, slots, cuda_graph))
+    responses = [response for _, response, _ in ended]
+    return (responses, [torch.tensor(logprobs) for *_, logprobs in ended]) if return_logprobs else responses
 
 @torch.no_grad()
 def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=None, cuda_graph=False):
@@ -917,9 +916,7 @@ def save_model(folder, model, tokenizer) -> None:
 def load_checkpoint(run) -> int:
     """The step of the checkpoint, from which each part takes its state; 0 if there is none yet."""
     path = run.dir / "latest" / "state.pt"
-    if not path.exists():
-        if any(run.dir.glob("step-*")):  # a step's folder comes after its checkpoint
-            fail(f"--resume: {path} is gone; without it the run would begin again and overwrite its steps")
+    if not path.exists() and not any(run.dir.glob("step-*")):  # a step's folder comes after its checkpoint
         return 0
     try:
         # mapped: eight processes would hold eight copies; but Windows cannot replace a file that stays mapped
@@ -981,13 +978,11 @@ def after_step(run, done, stopping) -> None:
         print(f"stopped after step {done}, which is saved; go on with\n"
               f"    {shlex.join(['python', sys.argv[0], '--output-dir', str(run.dir), '--resume'])}")
     elif config.eval_every and done % config.eval_every == 0 and done not in run.tested:
-        from evaluate import measure_all, sample_and_check
+        from evaluate import measure_all, sample_and_check, scores_of
         rows, _ = sample_and_check(run.sampler, run.tokenizer, run.benchmarks, slots=config.slots,
                                    seed=config.seed, cuda_graph=config.cuda_graph,
                                    max_response_tokens=config.max_response_tokens)
-        result = measure_all(rows, run.benchmarks)
-        scores = {name: row["avg_at_k"] for name, row in result["benchmarks"].items()}
-        scores["average"] = result["average"]
+        scores = scores_of(measure_all(rows, run.benchmarks))
         print(f"eval {done}/{config.steps}", *(f" {name} {x:.3f}" for name, x in scores.items()), flush=True)
         append_rows(run.dir / "metrics.jsonl", [{"step": done, "eval": scores}])
     if done == config.steps:

@@ -149,7 +149,7 @@ def test_load_examples_from_files(tmp_path):
     ("broken.jsonl", b'{"problem": "1+1?", "answer": 2}\n{"problem": \n', "broken.jsonl, line 2"),
     ("wide.jsonl", '{"problem": "1+1?", "answer": 2}'.encode("utf-16"), "wide.jsonl"),
     ("empty.jsonl", b"", "--example"), ("deep.json", b"[" * 100_000, "deep.json"),
-    ("set.parquet", b"PAR1", "give a .jsonl file of problem and answer"),
+    ("set.parquet", b"PAR1", "give a .jsonl file, or one of"),
     *[("bad.jsonl", json.dumps(row).encode(), "row 1: it needs") for row in (
         {"problem": "1+1?"}, {"problem": "1+1?", "answer": None}, {"problem": "1+1?", "answer": [2]},
         {"problem": "1+1?", "answer": True}, {"problem": "1+1?", "answer": math.nan},
@@ -950,11 +950,6 @@ def test_a_full_disk_has_one_error_and_leaves_the_checkpoint_whole(folder, tmp_p
     assert "disk is full (unexpected pos" in sentence
     assert (tmp_path / "run" / "latest" / "state.pt").read_bytes() == before
 
-def test_a_run_folder_that_cannot_be_made(folder, tmp_path, refused):
-    (tmp_path / "file").write_text("")
-    sentence = refused(rl.as_a_command, lambda: rl.main(run_flags(folder, tmp_path / "file" / "run")))
-    assert str(tmp_path / "file") in sentence
-
 def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, refused):
     run = tmp_path / "run"
     rl.main(run_flags(folder, run))
@@ -971,14 +966,8 @@ def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, 
     assert "cannot be loaded" in refused(rl.main, resume)
     gc.collect()
     (run / "latest" / "state.pt").unlink()
-    assert "is gone" in refused(rl.main, resume)
+    assert "cannot be loaded" in refused(rl.main, resume)
     assert before == files()
-
-def test_more_steps_after_the_end(folder, tmp_path, easy_reward):
-    rl.main(run_flags(folder, tmp_path / "whole"))
-    rl.main(run_flags(folder, tmp_path / "run", "--steps", 2))
-    rl.main(["--output-dir", str(tmp_path / "run"), "--resume", "--steps", "4"])
-    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
 
 def test_flags_given_with_resume(folder, tmp_path, easy_reward, refused):
     """All but KEPT are used; load_state_dict would restore the old learning rate, unlike config.json."""
@@ -1268,7 +1257,7 @@ def test_loaders_on_each_layout(tmp_path, monkeypatch, name, row, problem, answe
     seen = []
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: seen.append((args, kwargs)) or [row])
     assert evaluate.load_benchmark(name) == local
-    assert seen == [((evaluate.BENCHMARKS[name].source,), {"split": "test"})]
+    assert seen == [((evaluate.BENCHMARKS[name][0],), {"split": "test"})]
 
 @pytest.mark.parametrize("lines, words", [
     ('{"problem": "p", "answer": 1}\n\n{"problem": "p"}', "line 3"), ("[1]", "line 1"), ("", "no problems"),
