@@ -411,12 +411,11 @@ def test_an_answer_equals_itself(answer):
 
 @pytest.mark.parametrize("text, content", [
     (r"\boxed{5}", "5"), (r"first \boxed{5}, then \boxed{6}", "6"), (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-    ("no box", None), ("", None), (r"\boxed 5", None), (r"\fbox{5}", "5"), (r"\boxed {5}", "5"), (r"\boxed{5",
-    None),
-    (r"\boxed{5} and \boxed{6", "5"), (r"\boxed{5} and \boxed 6", "5"), (r"\boxed{}", ""), (r"\boxed{5}}}",
-    "5"),
-    (r"\boxed{\boxed{12.8}}", "12.8"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{a\boxed{b", None),
-    (r"\boxed{1 \boxed{2}", "2"), (r"\boxed{[1, 2)\}}", r"[1, 2)\}")])
+    ("no box", None), ("", None), (r"\boxed 5", None), (r"\fbox{5}", "5"), (r"\boxed {5}", "5"),
+    (r"\boxed{5", None), (r"\boxed{5} and \boxed{6", "5"), (r"\boxed{5} and \boxed 6", "5"),
+    (r"\boxed{}", ""), (r"\boxed{5}}}", "5"), (r"\boxed{\boxed{12.8}}", "12.8"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{a\boxed{b", None), (r"\boxed{1 \boxed{2}", "2"),
+    (r"\boxed{[1, 2)\}}", r"[1, 2)\}")])
 def test_extract_boxed(text, content):
     assert rl.extract_boxed(text) == content
 
@@ -428,9 +427,8 @@ def test_extract_boxed_is_linear(piece):
 
 def test_odd_arguments_are_wrong_but_do_not_raise():
     assert not any(rl.is_correct(*pair) for pair in [
-        (None, "4"), ("", "4"), (r"\boxed{4}", None), (r"\boxed{4}", ""), (r"\boxed{4}", "  "), (r"\boxed{}",
-        ""),
-        (r"\boxed{ }", "4"), (b"4", 4), (4, 4), ([], {}), (r"\boxed{4}", r"\boxed{}"),
+        (None, "4"), ("", "4"), (r"\boxed{4}", None), (r"\boxed{4}", ""), (r"\boxed{4}", "  "),
+        (r"\boxed{}", ""), (r"\boxed{ }", "4"), (b"4", 4), (4, 4), ([], {}), (r"\boxed{4}", r"\boxed{}"),
         (r"\boxed{nan}", float("inf")), *((rf"\boxed{{{box}}}", gold) for box, gold in HUGE)])
     assert rl.is_correct(r"\boxed{4}", 4) and rl.is_correct(r"\boxed{4}", 4.0)
 
@@ -936,19 +934,18 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, mo
         assert same_weights(run / "step-000002", tmp_path / "whole" / "step-000002")
         assert same_weights(run / "step-000004", tmp_path / "whole" / "step-000004")
 
-def test_a_full_disk_has_one_error_and_leaves_the_checkpoint_whole(folder, tmp_path, easy_reward, monkeypatch,
-                                                                   refused):
-    rl.main(run_flags(folder, tmp_path / "run", "--steps", 2))
-    before = (tmp_path / "run" / "latest" / "state.pt").read_bytes()
+def test_a_full_disk_leaves_the_checkpoint_whole(folder, tmp_path, easy_reward, monkeypatch, refused):
+    run = tmp_path / "run"
+    rl.main(run_flags(folder, run, "--steps", 2))
+    before = (run / "latest" / "state.pt").read_bytes()
 
     def full(state, path):
         Path(path).write_bytes(before[:99])
         raise RuntimeError("unexpected pos 99 vs 88")
     monkeypatch.setattr(torch, "save", full)
-    sentence = refused(rl.as_a_command, lambda: rl.main(["--output-dir", str(tmp_path / "run"), "--resume",
-                                                         "--steps", "4"]))
-    assert "disk is full (unexpected pos" in sentence
-    assert (tmp_path / "run" / "latest" / "state.pt").read_bytes() == before
+    flags = ["--output-dir", str(run), "--resume", "--steps", "4"]
+    assert "disk is full (unexpected pos" in refused(rl.as_a_command, lambda: rl.main(flags))
+    assert (run / "latest" / "state.pt").read_bytes() == before
 
 def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, refused):
     run = tmp_path / "run"
@@ -999,8 +996,8 @@ def test_a_resumed_run_keeps_its_prompt(folder, tmp_path, easy_reward, refused):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "prompt": "Today is Monday. " + config["prompt"]}))
     before = (run / "config.json").read_bytes()
-    assert "the prompt is not what it was" in refused(rl.main, ["--output-dir", str(run), "--resume",
-                                                                "--steps", "3"])
+    flags = ["--output-dir", str(run), "--resume", "--steps", "3"]
+    assert "the prompt is not what it was" in refused(rl.main, flags)
     assert (run / "config.json").read_bytes() == before
 
 def test_a_checkpoint_does_not_stay_mapped(folder, tmp_path, easy_reward, monkeypatch):
@@ -1270,8 +1267,7 @@ def test_a_broken_file_is_named_by_its_line(tmp_path, lines, words, refused):
 
 @pytest.mark.parametrize("answer", ["so 70 + 2 = 72\n#### 72", "['70']", '["a", "b"]', " ", "x" * 401])
 def test_answers_that_can_never_be_met_are_warned_of(tmp_path, capsys, answer):
-    rows = [{"problem": "p", "answer": answer}, {"problem": "q", "answer": "[0,1)"}, {"problem": "r",
-                                                                                      "answer": 2}]
+    rows = [{"problem": "p", "answer": label} for label in (answer, "[0,1)", 2)]
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(evaluate.load_benchmarks([str(tmp_path / "my.jsonl")])["my"]) == 3
     assert "my.jsonl: 1 of 3 answers" in capsys.readouterr().out
@@ -1296,16 +1292,14 @@ def test_pass_at_k_equals_brute_force():
 def checked_rows(right, name="x", **more):
     """Rows as sample_and_check makes them; right: a list of samples for each problem."""
     return [{"benchmark": name, "number": number, "sample": sample, "temperature": 0.6,
-             "problem": f"q{number}",
-             "answer": "4", "text": "recheck \\boxed{4}" * ok, "extracted": "4" if ok else None,
-             "correct": ok,
-             "correct_lenient": True, "tokens": 10 + sample, "truncated": not ok, "too_long": False,
+             "problem": f"q{number}", "answer": "4", "text": "recheck \\boxed{4}" * ok,
+             "extracted": "4" if ok else None, "correct": bool(ok), "correct_lenient": True,
+             "tokens": 10 + sample, "truncated": not ok, "too_long": False,
              **{key: values[number] for key, values in more.items()}}
             for number, samples in enumerate(right) for sample, ok in enumerate(samples)]
 
 def test_measures_by_hand():
-    rows = checked_rows([[True, True, False, False], [False, False, False, True], [True] * 4], level=[1, 2,
-                                                                                                      1])
+    rows = checked_rows([[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]], level=[1, 2, 1])
     rows[2]["text"] = "\\boxed{ }"  # an empty box boxes nothing
     rows[3]["text"], rows[4]["text"] = "```python\nprint(4)\n``` ", "```python\n``` \\boxed{4}\n```"
     m = evaluate.measure(rows)
@@ -1323,25 +1317,21 @@ def test_measures_by_hand():
     assert {level: measures["avg_at_k"] for level, measures in by_level.items()} == {1: 0.75, 2: 0.25}
     assert result["benchmarks"]["y"]["stderr"] is None and "by_level" not in result["benchmarks"]["y"]
 
-@pytest.mark.parametrize("response, answer, strict, lenient", [
-    (r"It is \boxed{4}.", "4", True, True), ("So 3 + 1 gives 4.", "4", False, True), ("4, not 5.", "4", False,
-                                                                                      False),
-    ("The answer is 12.8 mph", "12.8", False, True), ("The final answer is: $12.8$.", "12.8", False, True),
-    (r"cut short: \boxed{12.8", "12.8", False, True), (r"\boxed{4} or \boxed{5", "4", True, False),
-    (r"\boxed{1.33333}", r"\frac43", False, True), (r"\boxed{1.333}", r"\frac43", False, False),
-    (r"\boxed{0.5}", "50", False, True), (r"\boxed{0.5}", r"50\%", False, True), (r"\boxed{5000}", "50",
-                                                                                  False, True),
-    (r"\boxed{500}", "50", False, False), (r"\boxed{50.004}", "50", False, True), (r"\boxed{50.01}", "50",
-                                                                                   False, False),
-    (r"\boxed{1.41421}", r"\sqrt2", False, True), (r"\boxed{(0.33333, 2)}", r"(\frac13,2)", False, True),
-    (r"\boxed{7,5,3}", "3,5,7", True, False), (r"\boxed{\{3,5,7\}}", "3,5,7", True, True),
-    (r"\boxed{(3,\infty)\cup(0,1)}", r"(0,1)\cup(3,\infty)", True, False), ("It is 1,234.", "1234", False,
-                                                                            True),
-    ("", "4", False, False), ("no number", "4", False, False), (r"\boxed{}", "4", False, False),
-    ("4", r"\boxed{4}", False, True)])
-def test_the_lenient_verdict_of_the_papers_evaluation(response, answer, strict, lenient):
-    assert rl.is_correct(response, answer) is strict
-    assert evaluate.is_correct_lenient(response, answer) is lenient
+@pytest.mark.parametrize("verdicts, answer, response", [
+    ("++", "4", r"It is \boxed{4}."), ("-+", "4", "So 3 + 1 gives 4."), ("--", "4", "4, not 5."),
+    ("-+", "12.8", "The answer is 12.8 mph"), ("-+", "12.8", "The final answer is: $12.8$."),
+    ("-+", "12.8", r"cut short: \boxed{12.8"), ("+-", "4", r"\boxed{4} or \boxed{5"),
+    ("-+", r"\frac43", r"\boxed{1.33333}"), ("--", r"\frac43", r"\boxed{1.333}"),
+    ("-+", "50", r"\boxed{0.5}"), ("-+", r"50\%", r"\boxed{0.5}"), ("-+", "50", r"\boxed{5000}"),
+    ("--", "50", r"\boxed{500}"), ("-+", "50", r"\boxed{50.004}"), ("--", "50", r"\boxed{50.01}"),
+    ("-+", r"\sqrt2", r"\boxed{1.41421}"), ("-+", r"(\frac13,2)", r"\boxed{(0.33333, 2)}"),
+    ("+-", "3,5,7", r"\boxed{7,5,3}"), ("++", "3,5,7", r"\boxed{\{3,5,7\}}"), ("-+", "1234", "It is 1,234."),
+    ("+-", r"(0,1)\cup(3,\infty)", r"\boxed{(3,\infty)\cup(0,1)}"), ("--", "4", ""), ("--", "4", "no number"),
+    ("--", "4", r"\boxed{}"), ("-+", r"\boxed{4}", "4"), ("--", "2^{2001}", r"\boxed{2^{2000}}")])
+def test_the_lenient_verdict_of_the_papers_evaluation(verdicts, answer, response):
+    """The reward's verdict, then the evaluation's."""
+    assert [rl.is_correct(response, answer), evaluate.is_correct_lenient(response, answer)] == [
+        verdict == "+" for verdict in verdicts]
 
 MY_PROBLEMS = [{"problem": f"What is {a} + {b}?", "answer": a + b, "level": a % 2}
                for a, b in [(2, 2), (3, 4), (11, 5), (20, 6), (1, 1)]]
@@ -1459,9 +1449,9 @@ def test_compare_pairs_the_problems(tmp_path, capsys, refused):
     b = [[ok or number % 5 == 0] for number, [ok] in enumerate(a)]  # B loses nothing and wins some
     subjects = ["Algebra", "Geometry"] * 20
     small = [checked_rows(right[:3], "small") for right in (a, b)]
+    other = small[1][:-1] + checked_rows([[True]], "other")
     paths = two_evaluations(tmp_path, checked_rows(a, subject=subjects) + small[0],
-                            checked_rows(b, subject=subjects) + small[1][:-1] + checked_rows([[True]],
-                                                                                             "other"))
+                            checked_rows(b, subject=subjects) + other)
     evaluate.main(["--compare", *paths])
     out = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
@@ -1490,9 +1480,8 @@ def test_how_much_of_a_difference_is_format(tmp_path, capsys):
         "lost, responses of B: 50% boxed, 0% came to their end"]
 
 @pytest.mark.parametrize("b, won, words", [
-    (0.59, 20, "within noise"), (0.61, 20, "B is better"), (0.39, 0, "A is better"), (0.41, 0,
-                                                                                      "within noise"),
-    (0.9, 5, "too few problems differ")])
+    (0.59, 20, "within noise"), (0.61, 20, "B is better"), (0.39, 0, "A is better"),
+    (0.41, 0, "within noise"), (0.9, 5, "too few problems differ")])
 def test_a_difference_counts_from_two_standard_errors_on(b, won, words):
     difference = {"a": 0.5, "b": b, "stderr": 0.05, "won": range(won), "lost": range(20 if b < 0.5 else 0)}
     assert evaluate.conclusion(difference) == words
@@ -1506,8 +1495,8 @@ def test_a_curve_of_a_run(folder, tmp_path, easy_reward, monkeypatch, refused):
     evaluate.main(flags)
     curve = read_jsonl(run / "curve.jsonl")
     rewards = [row["reward"] for row in rl.read_log(run / "metrics.jsonl")]
-    assert [(row["step"], row["reward"]) for row in curve] == [(0, rewards[0]), (2, rewards[1]), (4,
-                                                                                                  rewards[3])]
+    assert [row["step"] for row in curve] == [0, 2, 4]
+    assert [row["reward"] for row in curve] == [rewards[0], rewards[1], rewards[3]]
     assert set(curve[0]) == {"step", "reward", "average", "my"}
     assert json.loads((run / "step-000004" / "eval.json").read_text())["average"] == curve[2]["average"]
     loaded, load_model = [], rl.load_model
