@@ -13,6 +13,7 @@ the system message of Qwen2.5-Math where the chat template has a system role; th
 avg@k is the share of right answers, over problems and k samples of each; +- its standard error over problems;
 pass@k the share of problems that one of k samples solves.
 """
+import functools
 import itertools
 import json
 import math
@@ -188,13 +189,13 @@ def standard_error(scores) -> float:
     """Standard error of the mean over problems; None for a single one."""
     return float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
 
-def values_of(rows, name, key) -> list:
-    """The subjects, say, of a benchmark; [] where its problems have none."""
-    return sorted({row[key] for row in rows if row["benchmark"] == name and key in row})
-
-def part_of(rows, name, key="benchmark", value=None) -> list:
-    """The rows of a benchmark or, with a key and its value, of one subject of it."""
-    return [row for row in rows if row["benchmark"] == name and row.get(key) == (value or name)]
+def parts_of(rows, name, key="benchmark") -> dict:
+    """Rows of a benchmark -> {its name: its rows}, or by a key {subject: its rows}; {} without that key."""
+    parts = defaultdict(list)
+    for row in rows:
+        if row["benchmark"] == name and key in row:
+            parts[row[key]].append(row)
+    return dict(sorted(parts.items()))
 
 def by_problem(rows, verdict="correct") -> dict:
     """Checked responses -> {problem: [whether each sample is right]}."""
@@ -227,9 +228,9 @@ def measure(rows) -> dict:
 
 def measure_all(rows, names) -> dict:
     """Checked responses -> {"benchmarks": {name: measures}, "average": mean of avg@k, ...}."""
-    benchmarks = {name: measure(part_of(rows, name)) for name in names}
+    benchmarks = {name: measure(parts_of(rows, name)[name]) for name in names}
     for name, key in itertools.product(names, ("subject", "level")):
-        parts = {value: measure(part_of(rows, name, key, value)) for value in values_of(rows, name, key)}
+        parts = {value: measure(part) for value, part in parts_of(rows, name, key).items()}
         benchmarks[name] |= {f"by_{key}": parts} if parts else {}
     return {"benchmarks": benchmarks,
             "average": float(np.mean([m["avg_at_k"] for m in benchmarks.values()])),
@@ -277,8 +278,8 @@ def difference(rows_a, rows_b, verdict) -> dict:
     both = [problem for problem in a if problem in b]
     a, b = (np.array([np.mean(side[problem]) for problem in both]) for side in (a, b))
     won, lost = ([problem for problem, so in zip(both, which) if so] for which in (b > a, b < a))
-    return {"n": len(both), "a": a.sum() / max(len(both), 1), "b": b.sum() / max(len(both), 1), "won": won,
-            "lost": lost, "stderr": standard_error(b - a) or 0.0}
+    return both and {"n": len(both), "a": a.mean(), "b": b.mean(), "won": won, "lost": lost,
+                     "stderr": standard_error(b - a) or 0.0}  # nothing, if they have none in common
 
 def conclusion(d) -> str:
     if len(d["won"]) + len(d["lost"]) < 6:  # five fall to one side by chance in 6% of cases, as coins do
@@ -293,30 +294,29 @@ def compare(path_a, path_b, by, verdict) -> None:
     for key, value in result_a["settings"].items():
         if result_b["settings"].get(key) != value:
             print(f"not alike: {key} is {value} in A, {result_b['settings'].get(key)} in B")
-    whole, lines = [], {}
-    for name in result_a["benchmarks"]:
-        lines[name] = difference(part_of(rows_a, name), part_of(rows_b, name), verdict)
-        whole += [lines[name]] if lines[name]["n"] else []
-        for value in values_of(rows_a, name, by):
-            a, b = (part_of(rows, name, by, value) for rows in (rows_a, rows_b))
-            lines[f"  {value}"] = difference(a, b, verdict)
+    lines = []  # (name, difference) of each benchmark and, indented, of each subject
+    for name, key in itertools.product(result_a["benchmarks"], ("benchmark", by)):
+        a, b = (parts_of(rows, name, key) for rows in (rows_a, rows_b))
+        indent = "  " * (key == by)
+        lines += [(f"{indent}{part}", difference(a[part], b.get(part, []), verdict)) for part in a]
+    lines = [(name, d) for name, d in lines if d]  # of problems that both answered
+    whole = [d for name, d in lines if not name.startswith("  ")]
     if not whole:
         rl.fail(f"{path_a} and {path_b} have no problem in common")
-    lines["average"] = {**{key: np.mean([d[key] for d in whole]) for key in ("a", "b")},
-                        **{key: sum((d[key] for d in whole), []) for key in ("won", "lost")},
-                        "n": sum(d["n"] for d in whole),
-                        "stderr": math.hypot(*(d["stderr"] for d in whole)) / len(whole)}
+    average = {**{key: np.mean([d[key] for d in whole]) for key in ("a", "b")},
+               **{key: sum((d[key] for d in whole), []) for key in ("won", "lost")},
+               "n": sum(d["n"] for d in whole),
+               "stderr": math.hypot(*(d["stderr"] for d in whole)) / len(whole)}
     print(f"\n{'benchmark':<24}{'n':>5}{'A':>8}{'B':>8}{'B - A':>8}{'+-':>6}{'won':>6}{'lost':>6}")
-    for name, d in lines.items():
-        if d["n"]:
-            print(f"{name[:23]:<24}{d['n']:>5}{100 * d['a']:>8.1f}{100 * d['b']:>8.1f}"
-                  f"{100 * (d['b'] - d['a']):>+8.1f}{100 * d['stderr']:>6.1f}{len(d['won']):>6}"
-                  f"{len(d['lost']):>6}  {conclusion(d)}")
+    for name, d in [*lines, ("average", average)]:
+        print(f"{name[:23]:<24}{d['n']:>5}{100 * d['a']:>8.1f}{100 * d['b']:>8.1f}"
+              f"{100 * (d['b'] - d['a']):>+8.1f}{100 * d['stderr']:>6.1f}{len(d['won']):>6}"
+              f"{len(d['lost']):>6}  {conclusion(d)}")
     print("\nwon, lost: problems that B solves more, or less, often than A. +-: standard error of B - A,\n"
           "paired by problem. Better: by more than two of these; chance alone is in one line of twenty.\n")
     # how much of it is format? of what was won, how much was boxed, and came to its end, before
     for word, (side, rows) in itertools.product(("won", "lost"), (("A", rows_a), ("B", rows_b))):
-        problems = lines["average"][word]
+        problems = average[word]
         if rows := [row for row in rows if (row["benchmark"], row["number"], row["problem"]) in problems]:
             boxed = np.mean([rl.has_box(row["text"]) for row in rows])
             ended = np.mean([not row["truncated"] for row in rows])
@@ -454,9 +454,7 @@ def main(argv=None) -> None:
                 "temperature": args.temperature, "max_response_tokens": args.max_response_tokens,
                 "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
                 "problems_crc32": zlib.crc32(json.dumps(benchmarks).encode())}
-
-    def run_one(model_name, output):
-        return evaluate_to_file(model_name, output, benchmarks, settings, args)
+    run_one = functools.partial(evaluate_to_file, benchmarks=benchmarks, settings=settings, args=args)
     if args.run:
         return curve(args.run, args.model, args.output, run_one, args.lenient)
     result = run_one(args.model, args.output)

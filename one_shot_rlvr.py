@@ -31,7 +31,6 @@ import copy
 import datetime
 import functools
 import inspect
-import itertools
 import json
 import math
 import operator
@@ -160,8 +159,8 @@ def encode_prompt(tokenizer, problem, system=None) -> list:
 def find_stop_ids(tokenizer, generation_config) -> list:
     """Every token that ends a response: EOS of tokenizer and configuration, and the end of a turn."""
     # a base model's configuration often names only the end of text, so a turn is rendered
-    turn = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "ANSWER"}]
-    ending = render_chat(tokenizer, turn).rpartition("ANSWER")[2] if tokenizer.chat_template else ""
+    turn = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "[ANSWER]"}]
+    ending = render_chat(tokenizer, turn).partition("[ANSWER]")[2] if tokenizer.chat_template else ""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = tokenizer(ending, add_special_tokens=False).input_ids
     stop_ids = {*[i for i in ids if i in special][:1]}  # a later one may open the next turn
@@ -190,22 +189,20 @@ class KVCache:
     def __init__(self, model, slots, length, cuda_graph=False):
         self.model, self.slots, self.length, self.cuda_graph = model, slots, length, cuda_graph
         self.prompts, self.graphs = {}, {}  # {slot: the prompt that stands in it}; for section D
-        self.keys = self.values = None  # (layers, slots, length, heads, head size)
+        self.stores = []  # keys and values: (layers, slots, length, heads, head size)
         # newest token of each slot, its position, temperature, noise: in place, for CUDA graphs
         self.newest = torch.zeros(4, slots, dtype=torch.float64, device=model.device)
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Store keys and values (n, heads, q, head size) of q new tokens -> those of all so far."""
-        if self.keys is None:
+        if not self.stores:
             layers = self.model.config.get_text_config().num_hidden_layers
-            shape = layers, self.slots, self.length, keys.shape[1]
             # zeros, not empty: a masked NaN still poisons the sum over values, as 0 * NaN is NaN
-            self.keys = keys.new_zeros(*shape, keys.shape[3])
-            self.values = values.new_zeros(*shape, values.shape[3])
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store[self.slot_index, self.fed] = new.transpose(1, 2)
-        return tuple(store[layer][self.fed_slots, :self.filled].transpose(1, 2)
-                     for store in (self.keys, self.values))
+            self.stores = [x.new_zeros(layers, self.slots, self.length, x.shape[1], x.shape[3])
+                           for x in (keys, values)]
+        for store, new in zip(self.stores, (keys, values)):
+            store[layer][self.slot_index, self.fed] = new.transpose(1, 2)
+        return tuple(store[layer][self.fed_slots, :self.filled].transpose(1, 2) for store in self.stores)
 
     def feed(self, slots, tokens, positions, filled, **kwargs):
         """Feed tokens (n, q) at positions (n, q) < filled to some slots -> last logits (n, V)."""
@@ -231,7 +228,7 @@ class KVCache:
 
     def copy(self, source, target, length):
         """Copy a slot's first `length` keys and values to another; what is behind them is never read."""
-        for store in (self.keys, self.values) if length else ():
+        for store in self.stores:
             store[:, target, :length] = store[:, source, :length]
         self.prompts[target] = self.prompts[source]
 
@@ -338,8 +335,7 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
             if tokens[slot] in stop_ids or len(responses[i]) == limits[i]:
                 free.append(slot)
                 yield running.pop(slot), responses[i], logprobs[i]
-        sampled = sum(len(response) for response in responses)
-        progress.set_postfix_str(f"{sampled:,} tokens, {len(running)} running", refresh=False)
+        progress.set_postfix_str(f"{sum(map(len, responses)):,} tokens, {len(running)} run", refresh=False)
         progress.update(len(free))
     progress.close()
 
@@ -349,7 +345,7 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
 BOX, BRACE = re.compile(r"\\(?:boxed|fbox) *\{"), re.compile(r"\\[{}\\]|[{}]")  # \{ is printed, no group
 
 def extract_boxed(text):
-    r"""Content of the last complete \boxed{...}, or None. In linear time; none is that long."""
+    r"""Content of the last complete \boxed{...}, or None. None is over 10,000 characters: linear time."""
     end = len(text)
     for opening in reversed(list(BOX.finditer(text))):
         depth, start = 1, opening.end()
@@ -396,7 +392,7 @@ def group_advantages(rewards, group_size, scale=True):
     advantages = groups - groups.mean(1, keepdim=True)
     if scale:
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
-    # the mean of equal rewards such as 0.1 is rounded: by 1e-6, that would pass for a signal
+    # the mean of equal rewards such as 0.1 is rounded: divided by 1e-6, that would pass for a signal
     dead = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
     return advantages.masked_fill(dead, 0.0).view(-1)
 
@@ -413,8 +409,7 @@ def hidden_states(model, prompts, responses):
     lengths = torch.tensor([len(response) for response in responses])  # (B,)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
     b, t = mask.nonzero(as_tuple=True)  # (M,), on the host: a GPU would have to be waited for
-    rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
-    ids = pad_sequence(rows, batch_first=True)  # (B, L)
+    ids = pad_sequence([torch.tensor(p + r) for p, r in zip(prompts, responses)], batch_first=True)  # (B, L)
     b, place, ids, mask = (x.to(model.device) for x in (b, starts[b] + t, ids, mask))
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, H)
     return hidden[b, place - 1], ids[b, place], mask  # the token before predicts the next one
@@ -458,7 +453,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, n
     the response tokens of the whole update: micro-batches return shares of one mean.
     """
     A = advantages if advantages.ndim == 2 else advantages[:, None]  # (B, T) or (B, 1)
-    # 1 where the policy has not moved, but its gradient is that of logprobs: REINFORCE; cut as k3's
+    # in the first update 1, with the gradient of logprobs: REINFORCE. Its exponent is cut as that of k3
     ratio = (logprobs - old_logprobs).clamp(max=20).exp()
     clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
     pg = -torch.min(ratio * A, clipped * A)
@@ -466,12 +461,11 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, entropy, advantages, mask, n
     per_token = config.pg_coef * pg + config.kl_coef * kl - config.entropy_coef * entropy
     mask = mask.to(per_token.dtype)
     weight = mask / num_tokens
-    if config.loss_agg == "sequence":
+    if config.loss_agg == "sequence":  # of all processes
         num_rollouts = config.prompts_per_step * config.group_size // config.updates_per_batch
         weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / num_rollouts
     loss = (per_token * weight).sum()
-    means = {"pg_loss": pg, "kl": kl, "entropy": entropy, "ratio": ratio,
-             "clip_frac": clipped * A < ratio * A}
+    means = dict(pg_loss=pg, kl=kl, entropy=entropy, ratio=ratio, clip_frac=clipped * A < ratio * A)
     # stats stay tensors: for a number, the GPU would have to be waited for before the backward pass
     stats = {name: (x.detach() * mask).sum() / num_tokens for name, x in means.items()}
     return loss, {"loss": loss.detach(), **stats}
@@ -488,7 +482,7 @@ class Batch:
     texts: list                 # the responses as text
     rewards: list               # numbers
     sampler_logprobs: list      # tensors (T,): log-probabilities as the sampler had them
-    seconds: float              # that sampling took
+    seconds: float              # that steps 1 to 3 took
 
 def micro_batches(batch, rollouts, token_budget) -> list:
     """Some rollouts of a batch, packed so that rows times longest row stay within the budget."""
@@ -514,24 +508,23 @@ def update_policy(policy, ref_policy, optimizer, batch, rollouts, advantages, ol
     """One optimizer step on some rollouts of a batch -> stats.
 
     advantages: a number for each rollout, or for each of its tokens, (T,). old_logprobs: (T,) for each,
-    or None where the policy has not moved since it sampled. sampler_gap: mean distance of the
+    or none where the policy has not moved since it sampled. sampler_gap: mean distance of the
     sampler's log-probabilities from ours. Exits before the step if loss or gradient is not finite.
     """
     device, stats = policy.device, defaultdict(float)
     # GRPO: every token of a rollout has the rollout's advantage
-    advantages = {i: advantages[i].expand(len(batch.responses[i])) for i in rollouts}
+    token_advantages = {i: advantages[i].expand(len(batch.responses[i])) for i in rollouts}
     # before the loop: neither packing nor the number of processes may change the gradient
     num_tokens = sum(len(batch.responses[i]) for i in rollouts)
     num_tokens = int(sum_over_processes(torch.tensor(num_tokens, device=device)))
     for rows in progress_bar(micro_batches(batch, rollouts, config.token_budget), "update"):
-        with torch.no_grad():  # first: the policy's activations stay in memory
+        with torch.no_grad():  # before the policy, whose activations stay in memory
             ref_logprobs = score_rows(ref_policy, batch, rows, config)[0] if ref_policy else None
         logprobs, entropy, mask = score_rows(policy, batch, rows, config)
-        if ref_logprobs is None:
-            ref_logprobs = logprobs.detach()  # without a reference the KL reads 0
-        old = logprobs.detach() if old_logprobs is None else padded(old_logprobs, rows, device)
-        loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, padded(advantages, rows, device),
-                                mask, num_tokens, config)
+        old = padded(old_logprobs, rows, device) if old_logprobs else logprobs.detach()
+        ref_logprobs = ref_logprobs if ref_policy else logprobs.detach()  # without one the KL reads 0
+        A = padded(token_advantages, rows, device)
+        loss, parts = grpo_loss(logprobs, old, ref_logprobs, entropy, A, mask, num_tokens, config)
         loss.backward()
         gap = (old - padded(batch.sampler_logprobs, rows, device)).abs()
         parts["sampler_gap"] = (gap * mask).sum() / num_tokens
@@ -549,14 +542,12 @@ def update_policy(policy, ref_policy, optimizer, batch, rollouts, advantages, ol
 
 def train_on(policy, ref_policy, optimizer, batch, advantages, config) -> dict:
     """All updates on a batch -> the mean of their stats. [C] makes one, [P] eight, of 16 groups each."""
-    N, updates, old_logprobs = len(batch.prompts), config.updates_per_batch, None
-    if updates > 1:  # from the second on, the policy is not the one that sampled
-        old_logprobs = N * [None]
-        for rows in micro_batches(batch, range(N), config.token_budget):
-            with torch.no_grad():
-                logprobs, _, mask = score_rows(policy, batch, rows, config)
-            for i, values, kept in zip(rows, logprobs, mask):
-                old_logprobs[i] = values[kept]
+    N, updates, old_logprobs = len(batch.prompts), config.updates_per_batch, {}
+    # from the second update on, the policy is not the one that sampled
+    for rows in micro_batches(batch, range(N), config.token_budget) if updates > 1 else ():
+        with torch.no_grad():
+            logprobs, _, mask = score_rows(policy, batch, rows, config)
+        old_logprobs |= {i: values[kept] for i, values, kept in zip(rows, logprobs, mask)}
     stats = defaultdict(float)
     for rollouts in torch.arange(N).chunk(updates):
         for name, value in update_policy(policy, ref_policy, optimizer, batch, rollouts.tolist(),
@@ -625,7 +616,8 @@ def steps_to_make(run):
 
     def on_ctrl_c(*_):  # a half-made step would be worse than a wait
         print("\nstopping when this step is done; Ctrl-C again stops at once")
-        pressed.append(signal.signal(signal.SIGINT, signal.default_int_handler))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        pressed.append(True)
 
     start_or_resume(run)  # section B
     handler = signal.signal(signal.SIGINT, on_ctrl_c)
@@ -675,7 +667,7 @@ def log_step(run, step, batch, advantages, stats, update_seconds) -> None:
            "memory_gb": torch.cuda.max_memory_allocated() / 1e9}
     rewards = [rollout["reward"] for rollout in rollouts]
     shown = [rollouts[i] for i in sorted({0, int(np.argmax(rewards)), int(np.argmin(rewards))})]
-    print_step(row, run.config.steps, shown[step // 10 % len(shown)])  # first, best, worst in turn
+    print_step(row, run.config.steps, shown[step // 10 % len(shown)])  # the first and another reward in turn
     append_rows(run.dir / "metrics.jsonl", [row])
     append_rows(run.dir / "samples.jsonl", [{"step": step, **rollout} for rollout in shown])
 
@@ -761,7 +753,7 @@ def words_of(argv) -> list:
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if words and words[-1] == "--answer":  # -2023/2024, say
+        if words and words[-1] == "--answer":  # it may begin with a minus
             words[-1] += f"={word}"
         else:
             words.append(flag.replace("_", "-") + equals + os.path.expanduser(value))
@@ -805,7 +797,7 @@ STEP_LINE = (
     "update {update_seconds:.1f}s  ")
 
 def print_step(row, steps, rollout) -> None:
-    """One line a step and, after every tenth, a rollout."""
+    """One line a step and, after steps 1, 11, 21, ..., a rollout."""
     hours, minutes = divmod(int(row["eta_seconds"] / 60), 60)
     memory = f"{row['memory_gb']:.1f}GB  " if row["memory_gb"] else ""  # on CUDA
     print(f"step {row['step']}/{steps}  {STEP_LINE.format(**row)}{memory}eta {hours}h{minutes:02d}m",
@@ -840,7 +832,8 @@ def read_jsonl(path, growing=False) -> dict:
     rows = {}
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028
         try:
-            rows |= {number: json.loads(line)} if line.strip() else {}
+            if line.strip():
+                rows[number] = json.loads(line)
         except (ValueError, RecursionError) as error:
             if not growing:
                 fail(f"{path}, line {number}: not JSON ({error})")
@@ -943,9 +936,8 @@ def start_or_resume(run) -> None:
     # flags given with --resume hold, and not what the checkpoint's optimizer had
     group = run.optimizer.param_groups[0]
     group.update(lr=config.learning_rate, weight_decay=config.weight_decay)
-    # the checkpoint is the policy's; AdamW's copies and the sampler follow
-    copy_weights(policy.parameters(), group["params"])
-    copy_weights(policy.parameters(), run.sampler.parameters())
+    for copies in (group["params"], run.sampler.parameters()):  # a checkpoint has the policy's weights alone
+        copy_weights(policy.parameters(), copies)
     if run.rank == 0:
         settings = {**asdict(config), **run.facts, "device": str(policy.device), "processes": run.processes,
                     "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
@@ -1348,7 +1340,7 @@ def split_answer(text):
 def split_top(text, separator) -> list:
     """Split at separators outside all brackets; [] if brackets do not match or an element is empty."""
     pieces = re.split(r"(\\\\|\\(?:cup|ne|le)(?![A-Za-z])|[&,<=()\[\]{}])", text)
-    depths = list(itertools.accumulate((piece in list("([{")) - (piece in list(")]}")) for piece in pieces))
+    depths = np.cumsum([(piece in list("([{")) - (piece in list(")]}")) for piece in pieces])
     pieces = ["\n" if piece == separator and depth == 0 else piece for piece, depth in zip(pieces, depths)]
     parts = [part.strip() for part in "".join(pieces).split("\n")]
     return parts if min(depths) == depths[-1] == 0 and all(parts) else []

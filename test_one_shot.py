@@ -226,8 +226,10 @@ def test_stop_ids_are_the_union_of_three_sources(tokenizer):
     tokenizer.chat_template = DROPS_SYSTEM.replace("<|im_end|>", "<|endoftext|>")
     assert rl.find_stop_ids(tokenizer, GenerationConfig()) == [end_of_text]
     opens_next = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|><|im_start|>\n{% endfor %}")
-    tokenizer.chat_template = opens_next
-    assert rl.find_stop_ids(tokenizer, GenerationConfig()) == both
+    without_an_answer = CHATML.replace("m.content", "m.content | lower")  # what is looked for is not there
+    for template, ids in ((opens_next, both), (without_an_answer, [end_of_text])):
+        tokenizer.chat_template = template
+        assert rl.find_stop_ids(tokenizer, GenerationConfig()) == ids
 
 
 # -- 2. Rollouts -------------------------------------------------------------------------
@@ -356,7 +358,8 @@ def test_work_follows_the_sampled_tokens(model, monkeypatch):
 def test_generate_refuses_an_empty_prompt(model):
     with pytest.raises(ValueError, match="empty prompt"):
         rl.generate(model, [[1], []], max_response_tokens=2, temperature=1.0, stop_ids=[0])
-    assert rl.generate(model, [], max_response_tokens=2, temperature=1.0, stop_ids=[0]) == []
+    assert rl.generate(model.train(), [], max_response_tokens=2, temperature=1.0, stop_ids=[0]) == []
+    assert not model.training  # no dropout
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_logits_that_are_not_finite_end_sampling(cuda_graph):
@@ -1105,6 +1108,22 @@ def test_models_that_do_not_see_a_whole_rollout_are_refused(settings, words, ref
     rl.check_prompts(model, [[1, 2, 3, 8]], [4])
     assert words in refused(rl.check_prompts, model, [[1], [1, 2, 3, 9]], [4, 5])
 
+def test_folders_that_lack_something_are_refused(folder, tmp_path, monkeypatch, refused):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weights = {name: x for name, x in model.state_dict().items() if "1.mlp.up" not in name}
+    shutil.copytree(folder, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model", state_dict=weights)
+    assert "lack model.layers.1.mlp.up_proj.weight" in refused(rl.load_model, str(tmp_path / "model"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert "it has no preset" in refused(rl.main, ["--output-dir", str(tmp_path / "run"), "--resume"])
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "find_stop_ids", lambda *args: [])
+        assert "a token that ends" in refused(rl.main, run_flags(folder, tmp_path / "new"))
+    nothing = GenerationConfig(input_ids=[])
+    monkeypatch.setattr(rl.AutoTokenizer, "from_pretrained", lambda name: lambda text: nothing)
+    assert "reads nothing" in refused(rl.load_model, str(folder))
+
 def test_a_rank_that_a_shell_left_behind(monkeypatch):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -1465,6 +1484,22 @@ def test_compare_pairs_the_problems(tmp_path, capsys, refused):
     assert "dtype is a in A, b in B" in out and "  Algebra" in out and "  Geometry" in out
     assert lines["small"][1] == "2" and "other" not in out
     assert "none.json" in refused(evaluate.main, ["--compare", paths[0], str(tmp_path / "none.json")])
+def test_benchmarks_that_share_a_subject_are_compared_apart(tmp_path, capsys, refused):
+    a, b = ([*checked_rows([[ok]], "x", subject=["Algebra"]),
+             *checked_rows([[1]], "average", subject=["Algebra"])] for ok in (0, 1))
+    path_a, path_b = two_evaluations(tmp_path, a, b)
+    evaluate.main(["--compare", path_a, path_b])
+    lines = [line.split()[:5] for line in capsys.readouterr().out.splitlines() if "  100.0" in line]
+    assert lines == [["x", "1", "0.0", "100.0", "+100.0"], ["Algebra", "1", "0.0", "100.0", "+100.0"],
+                     ["average", "1", "100.0", "100.0", "+0.0"], ["Algebra", "1", "100.0", "100.0", "+0.0"],
+                     ["average", "2", "50.0", "100.0", "+50.0"]]
+    rl.write_json(path_b, {**rl.read_json(path_b), "average": None})
+    assert "not the .json of a finished" in refused(evaluate.main, ["--compare", path_a, path_b])
+    (tmp_path / "other").mkdir()
+    others = two_evaluations(tmp_path / "other", checked_rows([[1]], "y"), checked_rows([[1]], "z"))
+    assert "no problem in common" in refused(evaluate.main, ["--compare", *others])
+    names = [f"{tmp_path}/y.jsonl", f"{tmp_path}/other/y.jsonl"]
+    assert "two benchmarks y" in refused(evaluate.load_benchmarks, names)
 
 def test_how_much_of_a_difference_is_format(tmp_path, capsys):
     """Four problems are won: one had a box before, two came to their end; of two lost, one keeps its box."""
