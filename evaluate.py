@@ -13,7 +13,6 @@ the system message of Qwen2.5-Math where the chat template has a system role; th
 avg@k is the share of right answers, over problems and k samples of each; +- its standard error over problems;
 pass@k the share of problems that one of k samples solves.
 """
-import functools
 import itertools
 import json
 import math
@@ -56,12 +55,16 @@ def problem_and_answer(row) -> dict:
     """
     answer = row.get("answer")
     if answer is None:
-        answer = row["final_answer"][0] if "final_answer" in row else rl.extract_boxed(row["solution"])
+        final = row.get("final_answer")
+        answer = final[0] if isinstance(final, list) else final or rl.extract_boxed(row["solution"])
     if not isinstance(answer, str | int | float):
         raise TypeError("no answer to compare with")
+    problem = row.get("question") or row["problem"]
+    if not problem.strip():
+        raise TypeError("no problem to solve")
     context = f"{row['context']}\n" if row.get("context") else ""
     extra = {key: str(row[key]) for key in ("subject", "level") if key in row}
-    return {"problem": context + (row.get("question") or row["problem"]), "answer": str(answer), **extra}
+    return {"problem": context + problem, "answer": str(answer), **extra}
 
 def load_benchmark(name, data_dir=None) -> list:
     """Rows {"problem", "answer", ...}: of DIR/NAME.jsonl, of a .jsonl file, or from the hub."""
@@ -360,15 +363,12 @@ def evaluate_to_file(model_name, output, benchmarks, settings, args) -> dict:
         first = rl.encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], rl.EVAL_SYSTEM)
         stop_ids = rl.find_stop_ids(tokenizer, model.generation_config)
         print(f"first prompt:\n{rl.describe_prompt(tokenizer, first, stop_ids)}", flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.with_suffix(".lock"), timeout=0):
-        rl.write_json(output, {**header, "benchmarks": {}, "average": None})
-        options = {key: settings[key] for key in ("k", "temperature", "max_response_tokens", "seed")}
-        rows, speed = sample_and_check(model, tokenizer, benchmarks, **options, slots=args.slots,
-                                       cuda_graph=args.cuda_graph,
-                                       responses_path=output.with_suffix(".jsonl"))
-        result = {**header, **measure_all(rows, benchmarks), "tokens_per_second": speed}
-        rl.write_json(output, result)
+    rl.write_json(output, {**header, "benchmarks": {}, "average": None})
+    options = {key: settings[key] for key in ("k", "temperature", "max_response_tokens", "seed")}
+    rows, speed = sample_and_check(model, tokenizer, benchmarks, **options, slots=args.slots,
+                                   cuda_graph=args.cuda_graph, responses_path=output.with_suffix(".jsonl"))
+    result = {**header, **measure_all(rows, benchmarks), "tokens_per_second": speed}
+    rl.write_json(output, result)
     return result
 
 def curve(run, base, output, evaluate_step, lenient) -> None:
@@ -379,7 +379,7 @@ def curve(run, base, output, evaluate_step, lenient) -> None:
     rewards = {row["step"]: row["reward"] for row in rl.read_log(run / "metrics.jsonl") if "reward" in row}
     name = "eval.json" if output == run / "curve.jsonl" else f"{output.stem}.json"
     models, rows = {0: (base, run / f"base-{name}")}, []
-    for folder in sorted(run.glob("step-??????")):
+    for folder in sorted(run.glob("step-" + 6 * "[0-9]")):
         models[int(folder.name[5:])] = str(folder), folder / name
     for step, (model_name, step_output) in models.items():
         result = evaluate_step(model_name, step_output)
@@ -454,7 +454,11 @@ def main(argv=None) -> None:
                 "temperature": args.temperature, "max_response_tokens": args.max_response_tokens,
                 "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
                 "problems_crc32": zlib.crc32(json.dumps(benchmarks).encode())}
-    run_one = functools.partial(evaluate_to_file, benchmarks=benchmarks, settings=settings, args=args)
+
+    def run_one(model_name, output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(output.with_suffix(".lock"), timeout=0):  # two writers would mix their responses
+            return evaluate_to_file(model_name, output, benchmarks, settings, args)
     if args.run:
         return curve(args.run, args.model, args.output, run_one, args.lenient)
     result = run_one(args.model, args.output)

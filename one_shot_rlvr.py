@@ -43,6 +43,7 @@ import signal
 import sys
 import textwrap
 import time
+import zlib
 from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -160,7 +161,9 @@ def find_stop_ids(tokenizer, generation_config) -> list:
     """Every token that ends a response: EOS of tokenizer and configuration, and the end of a turn."""
     # a base model's configuration often names only the end of text, so a turn is rendered
     turn = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "[ANSWER]"}]
-    ending = render_chat(tokenizer, turn).partition("[ANSWER]")[2] if tokenizer.chat_template else ""
+    ending = ""
+    with contextlib.suppress(Exception):  # no template, or one that knows no assistant
+        ending = render_chat(tokenizer, turn).partition("[ANSWER]")[2]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = tokenizer(ending, add_special_tokens=False).input_ids
     stop_ids = {*[i for i in ids if i in special][:1]}  # a later one may open the next turn
@@ -583,8 +586,7 @@ class Run:
 def set_up(config) -> Run:
     """Load and check everything that a run needs; nothing is written yet."""
     folder, benchmarks = Path(config.output_dir), {}
-    if (folder / "config.json").exists() and not config.resume:
-        fail(f"{folder} already holds a run: go on with it by --resume, or name another --output-dir")
+    refuse_to_overwrite(config)
     examples = load_examples(config.example, config.answer)
     rank, processes = start_processes()
     if config.eval_every and rank == 0:
@@ -700,15 +702,15 @@ def fail(sentence):
 
 def as_a_command(main) -> None:
     """Run the main() of a script; what goes wrong around it ends it with a sentence, too."""
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a letter shows another
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a console that lacks a letter shows another
         stream.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:
         print("\nstopped; what was saved is whole: the same command goes on, in training with --resume")
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; what was saved is whole. Sampling takes less with fewer --slots, "
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit("error: out of memory; what was saved is whole. Sampling takes less with fewer --slots, "
                  "an update with a lower --token-budget, --activation-checkpointing, --offload-optimizer")
     except Timeout as error:
         fail(f"{error.lock_file} is in use by another process; wait until it has ended, or stop it")
@@ -769,16 +771,20 @@ def parse_args(argv=None) -> Config:
     folder = given.output_dir or f"runs/{examples}-{Path(given.model).resolve().name}"
     if given.resume:
         if not Path(folder, "config.json").exists():
-            fail(f"--resume: {folder} holds no run; start one without --resume, or name its --output-dir")
+            fail(f"--resume: {folder} holds no config.json, so no run; is another one its --output-dir?")
         saved = read_json(Path(folder, "config.json"), *KEPT)
-        parser.set_defaults(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
+        for f in fields(Config):  # as words, which argparse checks as those of the command line
+            value = saved.get(f.name, f.default)
+            parser.set_defaults(**{f.name: str(value) if f.type in (int, float) else value})
+            if value not in (get_args(f.type) or [value]):
+                fail(f"{folder}/config.json: {f.name} {value!r} is none of {', '.join(get_args(f.type))}")
         given = parser.parse_args(words_of(argv))
         for name in KEPT:
             if getattr(given, name) != saved[name]:
                 fail(f"{flag_of(name)} {getattr(given, name)}: a resumed run keeps {saved[name]}")
     config = Config(**{**vars(given), "output_dir": folder})
     check_numbers(asdict(config), LEAST)
-    if bool(config.eval_every) != bool(config.eval):
+    if bool(config.eval_every) != bool(config.eval) and not (config.resume and config.eval):
         fail(f"--eval-every {config.eval_every} and --eval {' '.join(config.eval)}: give both or none")
     return config
 
@@ -887,10 +893,11 @@ def atomically(path):
 
 def write_json(path, value) -> None:
     with atomically(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8",
+                             errors="backslashreplace")
 
 def append_rows(path, rows, mode="a") -> None:
-    with open(path, mode, encoding="utf-8") as file:
+    with open(path, mode, encoding="utf-8", errors="backslashreplace") as file:  # half an emoji, say
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 def keep_rows(path, wanted=lambda row: True) -> list:
@@ -921,8 +928,14 @@ def load_checkpoint(run) -> int:
         for name, part in run.parts.items():
             part.load_state_dict(state[name])
     except Exception as error:  # torch has many names for a damaged file
-        fail(f"--resume: {path} cannot be loaded ({error}); go on from the last step's folder by --model")
+        fail(f"--resume: {path} cannot be loaded ({error!r}); go on from the last step's folder by --model")
     return step
+
+def refuse_to_overwrite(config) -> None:
+    left = [path for name in ("config.json", "metrics.jsonl", "samples.jsonl", "latest", "step-*")
+            for path in Path(config.output_dir).glob(name)]
+    if left and not config.resume:
+        fail(f"{left[0]} is of another run: go on with that one by --resume, or name another --output-dir")
 
 def start_or_resume(run) -> None:
     """Lock the folder, load the checkpoint if there is one, drop the log of steps that are made again."""
@@ -930,6 +943,7 @@ def start_or_resume(run) -> None:
     run.dir.mkdir(parents=True, exist_ok=True)
     if run.rank == 0:  # two writers in one folder would mix their rows
         run.lock = FileLock(run.dir / "lock", timeout=0).acquire()
+        refuse_to_overwrite(config)  # again: another may have begun one while this one loaded its model
     done = run.resumed_at = load_checkpoint(run) if config.resume else 0
     if done > config.steps:
         fail(f"--steps {config.steps}: the run is at step {done} already")
@@ -939,13 +953,16 @@ def start_or_resume(run) -> None:
     for copies in (group["params"], run.sampler.parameters()):  # a checkpoint has the policy's weights alone
         copy_weights(policy.parameters(), copies)
     if run.rank == 0:
+        kept = json.dumps([[example["prompt"], example["answer"]] for example in run.examples])
         settings = {**asdict(config), **run.facts, "device": str(policy.device), "processes": run.processes,
+                    "examples_crc32": zlib.crc32(kept.encode()),
                     "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
                     "stop_ids": run.stop_ids, "prompt": run.tokenizer.decode(run.examples[0]["prompt"])}
-        if config.resume and read_json(run.dir / "config.json")["prompt"] != settings["prompt"]:
-            fail(f"--resume: the prompt is not what it was; it is now {settings['prompt']!r}")
+        saved = read_json(run.dir / "config.json") if config.resume else settings
+        if saved.get("examples_crc32") != settings["examples_crc32"]:
+            fail(f"--resume: prompt or answer of --example {' '.join(config.example)} is not what it was")
         write_json(run.dir / "config.json", settings)
-        samples, metrics = (keep_rows(run.dir / name, lambda row: row.get("step", math.inf) <= done)
+        samples, metrics = (keep_rows(run.dir / name, lambda row: row.get("step") in range(done + 1))
                             for name in ("samples.jsonl", "metrics.jsonl"))
         run.tested = {row["step"] for row in metrics if "eval" in row}
         print(json.dumps(settings, indent=1), describe_prompt(run.tokenizer, run.examples[0]["prompt"],
@@ -1083,7 +1100,7 @@ def compile_layers(model) -> None:
     torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else the number of a layer is a constant
     torch._dynamo.config.recompile_limit = 32  # then it runs as it is
     torch.fx.experimental._config.use_duck_shape = False  # two lengths are equal by chance alone
-    for layer in model.base_model.layers:
+    for layer in layers_of(model):
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=compile_aloud)
 
 def compile_aloud(graph, inputs):
@@ -1099,9 +1116,13 @@ def compile_aloud(graph, inputs):
     print(f"compiled a layer in {time.time() - started:.0f} s", flush=True)
     return compiled
 
+def layers_of(model):
+    found = getattr(model.base_model, "layers", None)
+    return found or fail("--compile, --activation-checkpointing: the layers of this model are not found")
+
 def recompute_layers(model) -> None:
     """Keep only the input of each layer for backward. transformers' own switch works in train mode alone."""
-    for layer in model.base_model.layers:
+    for layer in layers_of(model):
         # no random state is kept: nothing here is random, and a CUDA graph must not ask for it
         layer.forward = functools.partial(recompute_in_backward, layer.forward, use_reentrant=False,
                                           preserve_rng_state=False)
@@ -1231,13 +1252,15 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     ("²", "^2"), ("³", "^3"), ("½", r"\\frac12"), ("¼", r"\\frac14"), ("√ ?([0-9]+)", r"\\sqrt{\1}"),
     # a full stop, a dollar sign, which is a unit, math delimiters, and what only changes the look
     (r"(?<!\.)\.( *\}?\$?) *$", r"\1"), (r"^ *(-?) *\\?\$ *([0-9][^A-Za-z$]*)$", r"\1\2\\text{dollar}"),
-    (r"\\?\$|(?<!\\)\\[()\[\]]", ""), (r"\\[lr]?vert(?![A-Za-z])", "|"),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?", ""),
+    (r"\\?\$|(?<!\\)\\[()\[\]]", ""), (r"\\[lr]?vert(?![A-Za-z])", "|"), (r"\^ ?\{? ?\\prime ?\}?", "'"),
+    (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
     # every upright font is \text; but an upright number, i or e is what it is
     (r"\\(?:unit|mbox|mathrm|mathbf|mathit|text[a-z]{2}|operatorname|boldsymbol)(?![A-Za-z]) *|"
      r"\\text +(?=\{)", r"\\text"),
     (r"\\text(?=[A-Za-z0-9])(.)", r"\\text{\1}"), (r"\\text\{ *([ie]|[-+0-9./]+) *\}", r"\1"),
-    (r"\\mu ?\\text\{", r"\\text{\\mu "), (r"^ *\\text\{([^{}]*[^A-Za-z(){} ][^{}]*)\} *$", r"\1"),
+    (r"_ ?\{ ?\\text ?\{([^{}]*)\} ?\}", r"_{\1}"), (r"\\mu ?\\text\{", r"\\text{\\mu "),
+    (r"^ *\\text\{([^{}]*[^A-Za-z(){} ][^{}]*)\} *$", r"\1"), (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
+    (r"square ([A-Za-z]+)", r"\1^2"), (r"cubic ([A-Za-z]+)", r"\1^3"),
     # thousands: 1{,}234 and 1,\!234; 1,234 alone or in a fraction, for (1,234) and 2,4 are lists
     (r"(?<=[0-9])(?:\{,\}|, *\\!|\\,) *(?=[0-9]{3}(?![0-9]))", ""),
     (r"(?:^[^0-9,(\[{]*|/ *|\\frac\{|(?<=[0-9]\}\{))[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])"
@@ -1249,26 +1272,24 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     (r"<=|\\leq?(?:slant)?(?![A-Za-z])", r"\\le "), (r">=|\\geq?(?:slant)?(?![A-Za-z])", r"\\ge "),
     (r"^([^,<>]*)>([^,<>]*)$", r"\2<\1"), (r"^([^,]*)\\ge ([^,]*)$", r"\2\\le \1"),
     (r"!=|\\not ?=|\\neq?(?![A-Za-z])", r"\\ne "), (rf"(?<![A-Za-z\\])(pi(?![A-Za-z])|{F})", r"\\\1 "),
-    # degrees and percent are units at the end, and dropped elsewhere
+    # degrees and percent are units at the end; degrees are dropped elsewhere
     (r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z])) ?|\\degree ?", r"\\text{degree}"),
-    (r" ?\\?%", r"\\text{percent}"), (r"\\text\{(?:degree|percent)\}(?! ?(?:[0-9]|$|[,)]))", ""),
+    (r" ?\\?%", r"\\text{percent}"), (r"\\text\{degree\}(?! ?(?:[0-9]|$|[,)]))", ""),
     # fractions, roots, accents and powers with the braces they need: \dfrac12, \sqrt2, x^{2}; stars for \cdot
-    (r"\\[dtc]frac", r"\\frac"), (r"\\(frac|sqrt|d?dot|hat|bar|vec) ?([A-Za-z0-9])", r"\\\1{\2}"),
-    (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9])", r"\1{\2}"), (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
-    (r"([_^]) ?\{ ?([A-Za-z0-9]) ?\}(?![0-9])", r"\1\2"),
-    (r"\(? ?\\begin\{(?:[pbB]?matrix|array)\} ?(?:\{[clr| ]*\})?(.*?)(?:\\\\)? ?\\end\{\w+\} ?\)?", r"{\1}"),
+    (r"\\[dtc](frac|binom)", r"\\\1"), (r"([_^]) ?\{ ?(\w|(?<=\^\{)-\d) ?\}(?!\d)", r"\1\2"),
+    (r"\\(frac|sqrt|d?dot|hat|bar|vec) ?([A-Za-z0-9]|\\pi(?![A-Za-z]))", r"\\\1{\2}"),
+    (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9]|\\pi(?![A-Za-z]))", r"\1{\2}"),
+    (r"[(\[]? ?\\begin\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\)? ?\\end\{\w+\}[)\]]?", r"{\1}"),
 ]]
 # What may stand in front of a value: x=, f(3)=, V_{max}=, AB=, (x,y)=, \text{Area}=, x\in; not \ne
 NAME = re.compile(
-    r"(?!\\(?:ne|not|lnot|neg|approx|text\{[^{}]*(?i:not))(?![A-Za-z]))(?:\([A-Za-z](?:, ?[A-Za-z])+\)|"
-    r"(?:\\text\{[^{}]*\}|\\(?!in(?![A-Za-z]))[A-Za-z]++ ?|[A-Za-z] ?|_[A-Za-z0-9]|_\{[^{}]*\}|')++"
-    r"(?:\([^()=]*\))?) ?(?:=|\\in(?![A-Za-z])) ?")
+    r"(?:\(\\?[A-Za-z]+ ?(?:, ?\\?[A-Za-z]+ ?)+\)|(?:"
+    r"\\text\{(?![^{}]*(?i:not|never|most|least|than|!))[^{}]*\}|_[A-Za-z0-9]|_\{[^{}]*\}|'|[A-Za-z] ?|"
+    r"\\(?!(?:in|ne|not|lnot|neg|approx|sim)(?![A-Za-z])|text)[A-Za-z]++ ?)++(?:\([^()=]*\))?) ?"
+    r"(?:=(?! ?[A-Z]{2,}$)|\\in(?![A-Za-z])) ?")
 
 def equivalent(given, gold, rel_tol=0, any_order=True) -> bool:
-    """Are two answers the same, up to spelling and value? Never raises.
-
-    rel_tol: how far apart values may be, relative to the larger. any_order: of lists, sets and unions.
-    """
+    """Are two answers the same, up to spelling, value and the order of lists? Never raises."""
     # the longest answer of the benchmarks has 210 characters; hostile ones must not cost time
     if given == gold or max(len(given), len(gold)) > 400 or re.search(r"[({\[]{6}", given):
         return given == gold
@@ -1302,9 +1323,9 @@ def same_answer(given, gold, rel_tol, any_order) -> bool:
 
 def same_word(given, gold) -> bool:
     r"""evelyn is \text{Evelyn} and c is \text{(C)}, but the letters m and M are two."""
-    words = [re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" ()").lower() for text in (given, gold)]
-    is_word = re.fullmatch(r"[a-z][a-z ]*", words[0]) and ("\\text" in given + gold or len(words[0]) > 3)
-    return words[0] == words[1] and bool(is_word)
+    fold = str.lower if "\\text" in gold or len(gold) > 3 else str
+    words = [fold(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" ()")) for text in (given, gold)]
+    return words[0] == words[1] and bool(re.fullmatch("[A-Za-z][A-Za-z ]*", words[0]))
 
 def same_elements(kind, given, gold, rel_tol, any_order) -> bool:
     r"""Lists, sets and unions in any order, as are the sides of = and \ne; everything else in its own."""
@@ -1326,13 +1347,15 @@ def split_answer(text):
     r"""(kind, elements) of a matrix, tuple, interval, list, union or relation; ("", [text]) of a value."""
     match = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
     if match and (parts := split_top(match[2], ",")):  # none in (a)/(b): its bracket closes early
-        if match[1].endswith("{") or (match[1], match[3], len(parts)) == ("(", ")", 1):
+        brackets = match[1][-1] + match[3][-1]
+        if brackets == "{}" or brackets == "()" and len(parts) == 1:
             return split_answer(match[2].strip())  # \{1,2\} is the list 1,2 and (C) is C
-        return match[1] + match[3], parts  # but (1,2) and [1,2] are no lists
+        return brackets, parts  # but (1,2) and [1,2] are no lists
     for separator in ("\\\\", "&", ",", "\\cup", "\\ne", "\\le", "<", "="):  # \\ and & part a matrix
         parts = split_top(text, separator) or [text]
         if separator == ",":  # \pm makes two elements
-            parts = [part.replace("\\pm", sign, 1) for part in parts for sign in "+-"[:1 + ("\\pm" in part)]]
+            parts = [part.replace("\\pm", sign) for part in parts
+                     for sign in ("+-" if part.count("\\pm") == 1 else ["\\pm"])]
         if len(parts) > 1:
             return separator, parts
     return "", [text]
@@ -1347,17 +1370,16 @@ def split_top(text, separator) -> list:
 
 # A unit is made of these, or it is what is counted; "million" and "below zero" are none.
 UNIT = re.compile(r"(?:[munpfckdMGT]|\\mu)?(?:m|g|s|J|eV|W|Hz|V|A|N|Pa|L|mol|K|C|F|T|cal|pc|rad|bar)|/|"
-                  r"mph|in|ft|yd|mi|lb|oz|h|min|yr|AU|ly|erg|dyn|atm|rpm|dB|\\AA|\^-?[0-9]|square|cubic")
+                  r"mph|in|ft|yd|mi|lb|oz|h|min|yr|AU|ly|erg|dyn|atm|rpm|dB|\\AA|\^-?[0-9]")
 PREFIX = {"kilo": "k", "centi": "c", "milli": "m", "micro": "\\mu", "nano": "n", "mega": "M", "": ""}
 WORDS = {word: unit or word for word, _, unit in (pair.partition(":") for pair in """meter:m metre:m gram:g
 second:s sec:s minute:min hour:h hr:h year:yr inch:in foot:ft feet:ft yard:yd mile:mi pound:lb ounce:oz
 liter:L joule:J watt:W volt:V newton:N pascal:Pa hertz:Hz kelvin:K mole:mol radian:rad amp:A ampere:A
-coulomb:C calorie:cal per:/ degree percent dollar cent unit day week month apple book box boy car card child
-children choice digit edge element face girl integer item letter member men move number outcome page path
-people person piece player point problem region row share side solution step student team term ticket tile
-triangle value vertice vote way women word worker""".split())}
+coulomb:C calorie:cal per:/ degree percent dollar cent unit day week month apple book box card child children
+choice coin digit distinct integer move number ordered outcome page pair path people person point prime
+problem real root row side solution step student term ticket triangle triple value way zero""".split())}
 LONG_UNIT = re.compile(f"({'|'.join(PREFIX)})({'|'.join(WORDS)})(?:e?s)?")
-TAIL = re.compile(r"(?<=[0-9)}\]|i])(?: ?(?:\\text\{[^{}]*\}|\\AA(?![A-Za-z])|[A-Za-z]++|/|"
+TAIL = re.compile(r"(?<=[0-9)}\]|i])(?! ?\^)(?: ?(?:\\text\{[^{}]*\}|\\AA(?![A-Za-z])|[A-Za-z]++|/|"
                   r"\^ ?(?:\{-?[0-9]\}|-?[0-9])))++$")
 
 def split_unit(text) -> tuple:
@@ -1414,7 +1436,7 @@ def value_of(text, point):
     Only numbers, letters, operators and FUNCTIONS are computed; Python parses them, and executes nothing.
     """
     text = re.sub(r"^(-?)([0-9]+) ?(\\frac ?\{[0-9]+\} ?\{[0-9]+\}|(?<= )[0-9]+/[0-9]+)$", r"\1(\2+\3)", text)
-    if re.search(r"^[A-Za-z]{3,}$|[0-9] ?\\frac ?\{[0-9]+\}|d ?[A-Za-z]+\} ?\{d|\\partial|d[A-Za-z]/d", text):
+    if re.search(r"^[a-z]{3}$|(?<![\w\\])([A-Za-z]{4}|[A-Z]{3})|\d ?\\frac ?\{\d|d ?\w+\} ?\{d|d\w/d", text):
         return math.nan
     before, source, values, operand = None, "", {}, False
     while text != before:
@@ -1440,10 +1462,10 @@ def meaning_of(word, rest, point):
     """What a letter is, or what a function computes: f(2x) is not 2f(x), but x(x+1) is a product."""
     name, _, index = word.removeprefix("\\").partition("_")
     if name == "log" and index:
-        return lambda x: cmath.log10(x) / cmath.log10(Fraction(index.strip("()")))
+        return lambda x: cmath.log10(x) / cmath.log10(float(index.strip("()")))
     if name in FUNCTIONS and not index:
         return FUNCTIONS[name]
-    is_function = name[0].isupper() or name[0] in "fgh" or rest[2:3] == ")"
+    is_function = name[0].isupper() or word[0] in "fgh" or rest[2:3] == ")"
     if name in ("floor", "ceil", "factorial") or rest.startswith("(") and is_function:
         return functools.partial(unknown, word)
     if word[0] == "\\" and name not in LETTERS:

@@ -226,8 +226,9 @@ def test_stop_ids_are_the_union_of_three_sources(tokenizer):
     tokenizer.chat_template = DROPS_SYSTEM.replace("<|im_end|>", "<|endoftext|>")
     assert rl.find_stop_ids(tokenizer, GenerationConfig()) == [end_of_text]
     opens_next = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|><|im_start|>\n{% endfor %}")
-    without_an_answer = CHATML.replace("m.content", "m.content | lower")  # what is looked for is not there
-    for template, ids in ((opens_next, both), (without_an_answer, [end_of_text])):
+    changes_it = CHATML.replace("m.content", "m.content | lower")
+    refuses_it = "{{ messages[1].none.none }}" + CHATML
+    for template, ids in ((opens_next, both), (changes_it, [end_of_text]), (refuses_it, [end_of_text])):
         tokenizer.chat_template = template
         assert rl.find_stop_ids(tokenizer, GenerationConfig()) == ids
 
@@ -392,6 +393,7 @@ LONG = ["{" * 400 + "}" * 400, "(" * 300 + "4" + ")" * 300, "3^{9999}" * 90, "(2
     r"\text{" * 60, "a_" * 190,
     "_{1}" * 99, r"\lfloor " * 50 + "4", "1,234" * 70, r"\sin " * 80 + "4", "((((4))))^" * 39,
     "9^" * 199 + "9", "-" * 391 + "4"]
+SLOW = [(r"\log_{1e99999999} 7", "3.0"), (r"1" + r"\pm 2" * 40, "1,-2"), (r"\pm+-" * 30, r"3\pm2\sqrt2")]
 HUGE = [("2^{2000}", r"\sqrt2"), (r"\sqrt2", "2^{2000}"), (r"\sin 2^{2000}", "4"), ("f(2^{2000})", "f(2)")]
 
 @pytest.mark.parametrize("kind, gold, box, verdict", answer_pairs())
@@ -400,9 +402,10 @@ def test_answers(kind, gold, box, verdict):
     assert rl.is_correct(rf"Thus the answer is $\boxed{{{box}}}$.", gold) is verdict
     assert time.perf_counter() - start < 0.5  # it takes a few ms; a quadratic scan, seconds
 
-@pytest.mark.parametrize("box", LONG, ids=lambda box: box[:30].encode("unicode_escape").decode())
-def test_long_answer_is_wrong_and_quick(box):
-    test_answers("", "4", box, False)
+@pytest.mark.parametrize("box, gold", [*((box, "4") for box in LONG), *SLOW, *HUGE],
+                         ids=lambda text: text[:30].encode("unicode_escape").decode())
+def test_long_answer_is_wrong_and_quick(box, gold):
+    test_answers("", gold, box, False)
 
 @pytest.mark.parametrize("answer", [*dict.fromkeys(gold for _, gold, *_ in answer_pairs())] + [
     "2516_8", r"$(-\infty, 0) \cup\{1\}$.", r"864 \mbox{ inches}^2", r"\div", r"$221,$8$", r"$8 \%$",
@@ -432,7 +435,7 @@ def test_odd_arguments_are_wrong_but_do_not_raise():
     assert not any(rl.is_correct(*pair) for pair in [
         (None, "4"), ("", "4"), (r"\boxed{4}", None), (r"\boxed{4}", ""), (r"\boxed{4}", "  "),
         (r"\boxed{}", ""), (r"\boxed{ }", "4"), (b"4", 4), (4, 4), ([], {}), (r"\boxed{4}", r"\boxed{}"),
-        (r"\boxed{nan}", float("inf")), *((rf"\boxed{{{box}}}", gold) for box, gold in HUGE)])
+        (r"\boxed{nan}", float("inf"))])
     assert rl.is_correct(r"\boxed{4}", 4) and rl.is_correct(r"\boxed{4}", 4.0)
 
 def test_never_raises_on_random_latex():
@@ -967,7 +970,24 @@ def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, 
     gc.collect()
     (run / "latest" / "state.pt").unlink()
     assert "cannot be loaded" in refused(rl.main, resume)
+    gc.collect()
+    config = (run / "config.json").read_text()
+    (run / "config.json").unlink()
+    assert "no config.json" in refused(rl.main, resume)
+    assert "is of another run" in refused(rl.main, run_flags(folder, run))
+    (run / "config.json").write_text(config)
     assert before == files()
+
+def test_a_run_that_began_meanwhile_is_not_overwritten(folder, tmp_path, monkeypatch, refused):
+    real = rl.load_model
+
+    def slow(name):
+        monkeypatch.setattr(rl, "load_model", real)
+        rl.main(run_flags(folder, tmp_path / "run", "--steps", 1))
+        return real(name)
+    monkeypatch.setattr(rl, "load_model", slow)
+    assert "is of another run" in refused(rl.main, run_flags(folder, tmp_path / "run", "--seed", 7))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
 
 def test_flags_given_with_resume(folder, tmp_path, easy_reward, refused):
     """All but KEPT are used; load_state_dict would restore the old learning rate, unlike config.json."""
@@ -993,15 +1013,30 @@ def test_flags_given_with_resume(folder, tmp_path, easy_reward, refused):
     saved = json.loads((run / "config.json").read_text())
     assert saved["learning_rate"] == 1e-30 and saved["steps"] == 3
 
-def test_a_resumed_run_keeps_its_prompt(folder, tmp_path, easy_reward, refused):
-    run = tmp_path / "run"
-    rl.main(run_flags(folder, run, "--steps", 2))
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "prompt": "Today is Monday. " + config["prompt"]}))
+def test_a_resumed_run_keeps_its_examples(folder, tmp_path, easy_reward, refused):
+    """A label, a problem or a template that was changed: the run would go on with another task, silently."""
+    run, example = tmp_path / "run", tmp_path / "mine.jsonl"
+    row = {"problem": "What is 1 + 1?", "answer": "2"}
+    example.write_text(json.dumps(row))
+    rl.main(run_flags(folder, run, "--steps", 2, "--example", example, "--eval", example, "--eval-every", 1))
     before = (run / "config.json").read_bytes()
-    flags = ["--output-dir", str(run), "--resume", "--steps", "3"]
-    assert "the prompt is not what it was" in refused(rl.main, flags)
+    resume = ["--output-dir", str(run), "--resume", "--steps", "3"]
+    for change in ({"answer": "3"}, {"problem": "What is 1 + 2?"}):
+        example.write_text(json.dumps({**row, **change}))
+        assert "is not what it was" in refused(rl.main, resume)
+        gc.collect()
     assert (run / "config.json").read_bytes() == before
+    example.write_text(json.dumps(row))
+    rl.main([*resume, "--eval-every", "0"])  # evaluates no more
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [0, 1, 1, 2, 2, 3]
+
+@pytest.mark.parametrize("change, words", [
+    ({"group_size": 2.5}, "--group-size: invalid int"), ({"slots": [1]}, "--slots: invalid int"),
+    ({"learning_rate": None}, "--learning-rate: invalid float"), ({"reward": "zz"}, "'zz' is none of")])
+def test_a_damaged_config_is_refused(folder, tmp_path, change, words, refused):
+    config = {**vars(rl.parse_args(run_flags(folder, tmp_path))), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert words in refused(rl.main, ["--output-dir", str(tmp_path), "--resume"])
 
 def test_a_checkpoint_does_not_stay_mapped(folder, tmp_path, easy_reward, monkeypatch):
     """Windows cannot replace a file that is mapped: the next save of a resumed run would fail."""
@@ -1013,7 +1048,7 @@ def test_a_checkpoint_does_not_stay_mapped(folder, tmp_path, easy_reward, monkey
     assert [option["mmap"] for option in options] == [False]
 
 def test_rows_with_line_separators_survive_a_resume(tmp_path):
-    rows = [{"step": 1, "text": "a\u2028b\x85c\nd"}, {"step": 2, "text": ""}]
+    rows = [{"step": 1, "text": "a\u2028b\x85c\nd and half an emoji \ud83d"}, {"step": 2, "text": ""}]
     rl.append_rows(tmp_path / "samples.jsonl", rows)
     (tmp_path / "samples.jsonl.tmp").write_text("left by a kill")
     assert rl.keep_rows(tmp_path / "samples.jsonl", lambda row: row["step"] <= 1) == rows[:1]
@@ -1120,6 +1155,8 @@ def test_folders_that_lack_something_are_refused(folder, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(rl, "find_stop_ids", lambda *args: [])
         assert "a token that ends" in refused(rl.main, run_flags(folder, tmp_path / "new"))
+    model.model.layers = None
+    assert "layers of this model are not found" in refused(rl.compile_layers, model)
     nothing = GenerationConfig(input_ids=[])
     monkeypatch.setattr(rl.AutoTokenizer, "from_pretrained", lambda name: lambda text: nothing)
     assert "reads nothing" in refused(rl.load_model, str(folder))
@@ -1262,7 +1299,8 @@ def test_compiled_by_the_real_compiler():
      "\\frac{1}{2}"),
     ("minerva_math", {"question": "q", "answer": "4.5e33"}, "q", "4.5e33"),
     ("olympiadbench", {"context": None, "question": "q", "final_answer": ["$3$", "4"]}, "q", "$3$"),
-    ("olympiadbench", {"context": "Let x.", "question": "q", "final_answer": ["3"]}, "Let x.\nq", "3")])
+    ("olympiadbench", {"context": "Let x.", "question": "q", "final_answer": ["3"]}, "Let x.\nq", "3"),
+    ("olympiadbench", {"question": "q", "final_answer": "34"}, "q", "34")])
 def test_loaders_on_each_layout(tmp_path, monkeypatch, name, row, problem, answer):
     """Each of the paper's files and each hub set: the same rows from either."""
     (tmp_path / f"{name}.jsonl").write_text("\n" + json.dumps(row) + "\n")
@@ -1278,7 +1316,7 @@ def test_loaders_on_each_layout(tmp_path, monkeypatch, name, row, problem, answe
 @pytest.mark.parametrize("lines, words", [
     ('{"problem": "p", "answer": 1}\n\n{"problem": "p"}', "line 3"), ("[1]", "line 1"), ("", "no problems"),
     ('{"problem": "p", "answer": 1}\n{"prob', "line 2"), ('{"problem": "p", "solution": "no box"}', "line 1"),
-    ('{"question": "", "answer": 1}', "line 1")])
+    ('{"question": "", "answer": 1}', "line 1"), ('{"problem": " ", "answer": 1}', "line 1")])
 def test_a_broken_file_is_named_by_its_line(tmp_path, lines, words, refused):
     (tmp_path / "my.jsonl").write_text(lines)
     sentence = refused(evaluate.load_benchmark, str(tmp_path / "my.jsonl"))
@@ -1426,7 +1464,8 @@ def test_problems_that_changed_and_a_second_writer_are_refused(my_flags, monkeyp
         patch.setattr(evaluate, "measure_all", lambda *args: 1 / 0)
         evaluate.main(my_flags())
     before = Path("e.jsonl").read_text()
-    with FileLock("e.lock"):
+    with FileLock("e.lock"), monkeypatch.context() as patch:
+        patch.setattr(rl, "load_model", None)  # before anything is read: the other may write other settings
         assert "e.lock is in use" in refused(rl.as_a_command, lambda: evaluate.main(my_flags()))
     Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert "problems_crc32" in refused(evaluate.main, my_flags())
@@ -1527,6 +1566,7 @@ def test_a_curve_of_a_run(folder, tmp_path, easy_reward, monkeypatch, refused):
     (run / "metrics.jsonl").open("a").write('{"step": 5, "rew')  # the run may be going on
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, MY_PROBLEMS)))
     flags = ["--run", str(run), "--benchmarks", str(tmp_path / "my.jsonl"), "--max-response-tokens", "8"]
+    (run / "step-abcdef").mkdir()
     evaluate.main(flags)
     curve = read_jsonl(run / "curve.jsonl")
     rewards = [row["reward"] for row in rl.read_log(run / "metrics.jsonl")]
