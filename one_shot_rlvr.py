@@ -959,7 +959,7 @@ def start_or_resume(run) -> None:
                     "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
                     "stop_ids": run.stop_ids, "prompt": run.tokenizer.decode(run.examples[0]["prompt"])}
         saved = read_json(run.dir / "config.json") if config.resume else settings
-        if saved.get("examples_crc32") != settings["examples_crc32"]:
+        if saved.get("examples_crc32", settings["examples_crc32"]) != settings["examples_crc32"]:
             fail(f"--resume: prompt or answer of --example {' '.join(config.example)} is not what it was")
         write_json(run.dir / "config.json", settings)
         samples, metrics = (keep_rows(run.dir / name, lambda row: row.get("step") in range(done + 1))
