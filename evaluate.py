@@ -249,7 +249,8 @@ def scores_of(result, lenient=False) -> dict:
 # -- 4. Tables ---------------------------------------------------------------------------
 
 def print_table(result, by=None, lenient=False) -> None:
-    print(f"\n{'benchmark':<24}{'n':>5}{'k':>4}{'T':>6}{'avg@k':>8}{'+-':>6}{'pass@k':>8}{'boxed':>7}"
+    title = "benchmark, lenient" if lenient else "benchmark"
+    print(f"\n{title:<24}{'n':>5}{'k':>4}{'T':>6}{'avg@k':>8}{'+-':>6}{'pass@k':>8}{'boxed':>7}"
           f"{'trunc':>7}{'code':>6}{'tokens':>8}{'reflect':>9}")
     errors = []
     for benchmark, measures in result["benchmarks"].items():

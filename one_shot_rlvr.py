@@ -79,7 +79,7 @@ class Config:
     seed: int = 0                           # seed of everything random
     save_every: int = 20                    # save a model folder and a checkpoint every so many steps [C]
     eval: tuple = ()                        # benchmarks of evaluate.py, or .jsonl files, to test on
-    eval_every: int = 0                     # test every so many steps; 0 means never
+    eval_every: int = 0                     # test every so many steps and at the end; 0 means never
     # 1. example
     example: tuple = ("pi1",)               # names in examples.json, or files of {problem, answer}
     answer: str = ""                        # label in place of the example's own [P: Table 5, rows 11-13]
@@ -602,7 +602,8 @@ def set_up(config) -> Run:
     if not stop_ids:
         fail(f"--model {config.model}: nothing in it names a token that ends a response")
     short = [example for example in examples if len(example["prompt"]) <= config.max_prompt_tokens]
-    print(f"{len(short)} of {len(examples)} prompts have at most {config.max_prompt_tokens} tokens")
+    if len(short) < len(examples):
+        print(f"{len(short)} of {len(examples)} prompts have at most {config.max_prompt_tokens} tokens")
     if not short:
         fail(f"--max-prompt-tokens {config.max_prompt_tokens}: no prompt is that short")
     prompts = [example["prompt"] for example in short]
@@ -768,7 +769,7 @@ def parse_args(argv=None) -> Config:
     parser.set_defaults(**PRESETS[parser.parse_args(words_of(argv)).preset])
     given = parser.parse_args(words_of(argv))
     examples = "+".join(Path(name).stem for name in given.example)
-    folder = given.output_dir or f"runs/{examples}-{Path(given.model).resolve().name}"
+    folder = given.output_dir or f"runs/{examples}-{Path(os.path.abspath(given.model)).name}"
     if given.resume:
         if not Path(folder, "config.json").exists():
             fail(f"--resume: {folder} holds no config.json, so no run; is another one its --output-dir?")
@@ -965,9 +966,9 @@ def start_or_resume(run) -> None:
         samples, metrics = (keep_rows(run.dir / name, lambda row: row.get("step") in range(done + 1))
                             for name in ("samples.jsonl", "metrics.jsonl"))
         run.tested = {row["step"] for row in metrics if "eval" in row}
-        print(json.dumps(settings, indent=1), describe_prompt(run.tokenizer, run.examples[0]["prompt"],
-                                                              run.stop_ids), sep="\n\n")
-        print("\nWatch reward, not loss: with one update a batch the ratio is 1 by design (see README.md)")
+        print(f"all settings are in {run.dir / 'config.json'}; the prompt is\n")
+        print(describe_prompt(run.tokenizer, run.examples[0]["prompt"], run.stop_ids))
+        print("\nWatch reward, not loss: README.md says why, and what the words of a step's line mean")
     run.started = time.time()
 
 def after_step(run, done, stopping) -> None:
@@ -975,7 +976,8 @@ def after_step(run, done, stopping) -> None:
     if run.rank:
         return
     config, folder = run.config, run.dir / f"step-{done:06d}"
-    due = done > 0 and (done % config.save_every == 0 or done == config.steps)
+    last = done == config.steps
+    due = done > 0 and (done % config.save_every == 0 or last)
     if done > run.resumed_at and (due or stopping):
         (run.dir / "latest").mkdir(exist_ok=True)
         with atomically(run.dir / "latest" / "state.pt") as temporary:  # all that --resume needs
@@ -986,7 +988,7 @@ def after_step(run, done, stopping) -> None:
     if stopping:
         print(f"stopped after step {done}, which is saved; go on with\n"
               f"    {shlex.join(['python', sys.argv[0], '--output-dir', str(run.dir), '--resume'])}")
-    elif config.eval_every and done % config.eval_every == 0 and done not in run.tested:
+    elif config.eval_every and done not in run.tested and (done % config.eval_every == 0 or last):
         from evaluate import measure_all, sample_and_check, scores_of
         rows, _ = sample_and_check(run.sampler, run.tokenizer, run.benchmarks, slots=config.slots,
                                    seed=config.seed, cuda_graph=config.cuda_graph,
@@ -994,7 +996,7 @@ def after_step(run, done, stopping) -> None:
         scores = scores_of(measure_all(rows, run.benchmarks))
         print(f"eval {done}/{config.steps}", *(f" {name} {x:.3f}" for name, x in scores.items()), flush=True)
         append_rows(run.dir / "metrics.jsonl", [{"step": done, "eval": scores}])
-    if done == config.steps:
+    if last:
         preset = ["--preset", "tiny"] * (config.preset == "tiny")
         print(f"done: {folder} is a Hugging Face model folder; measure it with\n"
               f"    {shlex.join(['python', 'evaluate.py', *preset, '--model', str(folder)])}")

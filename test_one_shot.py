@@ -1061,9 +1061,9 @@ def test_evaluation_while_training(folder, tmp_path, easy_reward):
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     evals = {row["step"]: row["eval"] for row in rows if "eval" in row}
     assert list(evals) == [0, 2, 4] and set(evals[0]) == {"my", "average"}
-    rl.main([*flags, "--resume", "--steps", "6"])
+    rl.main([*flags, "--resume", "--steps", "7"])
     steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
-    assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 7]  # and after the last step
 
 def test_the_commands_as_a_user_types_them(folder, tmp_path):
     """Evaluate; train, and Ctrl-C in the middle: in processes of their own, on an ascii console; resume."""

@@ -174,7 +174,7 @@ def chosen_parts(names) -> dict:
                 f"{', '.join(PARTS)}")
     parts = {part: of_part for part, of_part in PARTS.items() if part in names or not names}
     if rows := {row: every[row] for row in names if row in every}:
-        parts["rows"] = ("The rows that were named", "see there", rows)
+        parts["rows"] = ("The rows that were named", "see the parts that they belong to", rows)
     return parts
 
 def main(argv=None) -> None:

@@ -21,7 +21,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 4)), (0, (9, 1)),
           (0, (2, 1))]
 # what is logged: (title, upper end of the axis)
-PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL (where it is measured)", None),
+PANELS = {"entropy": ("entropy (nats a token)", None), "kl": ("KL to the initial model (nats)", None),
           "response_length": ("response length (tokens)", None),
           "truncated_frac": ("share of responses cut short", 1.02),
           "dead_groups": ("share of dead groups", 1.02)}
@@ -66,7 +66,7 @@ def draw_curves(curves, panels, runs) -> None:
             # --kl-coef 0 measures no KL
             if key != "kl" or any(row["kl"] for rows, _ in seeds for row in rows):
                 draw_line(axis, [{row["step"]: row[key] for row in rows} for rows, _ in seeds], style)
-    curves.set(title="training reward (pale) and test accuracy (dots)", xlabel="step", ylim=(0, 1.02))
+    curves.set(title="training reward (pale), mean test accuracy (dots)", xlabel="step", ylim=(0, 1.02))
     curves.legend(loc="best", fontsize=13, ncols=1 + len(runs) // 6, framealpha=0.6)
     for axis, (title, top) in zip(panels, PANELS.values()):
         axis.set(title=title, xlabel="step")
@@ -77,13 +77,16 @@ def draw_bars(axis, runs) -> None:
     tested = {label: [tests for _, tests in seeds if tests] for label, seeds in runs.items()}
     tested = {label: seeds for label, seeds in tested.items() if seeds}
     if not tested:
-        return axis.set(title="no test accuracy: train with --eval")
+        axis.set_axis_off()
+        return axis.set(title="no test accuracy yet: python evaluate.py --run RUN")
     first = next(iter(tested.values()))[0]
     names = [name for name in first[min(first)] if name != "average"] + ["average"]
     everything = [tests[min(tests)] for seeds in tested.values() for tests in seeds]
     heights = {"before training": [np.nanmean([test.get(name, np.nan) for test in everything])
                                    for name in names]}
     for label, seeds in tested.items():
+        if any(max(tests) == min(tests) for tests in seeds):
+            continue  # tested before the training alone
         heights[label] = [np.mean([tests[max(tests)].get(name, np.nan) for tests in seeds]) for name in names]
     width = 0.8 / len(heights)
     for number, (label, values) in enumerate(heights.items()):

@@ -173,7 +173,8 @@ def main(argv=None) -> None:
                                              config, flags.value_clip).items():
                 stats[name] += value / flags.critic_updates
         rl.copy_weights(run.policy.parameters(), run.sampler.parameters())
-        rl.log_step(run, step, batch, batch.rewards, stats, time.time() - started)
+        means = [advantage.mean() for advantage in advantages]  # one number a rollout, for its log
+        rl.log_step(run, step, batch, means, stats, time.time() - started)
 
 if __name__ == "__main__":
     rl.as_a_command(main)

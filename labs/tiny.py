@@ -220,7 +220,7 @@ def build_base(folder, steps=1800, seed=0, batch_size=96, learning_rate=2.5e-3, 
     momenta = [torch.zeros_like(matrix) for matrix in matrices]
     adam = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     progress = tqdm(zip(range(steps), batches(tokenizer, rng, batch_size, tasks)), total=steps,
-                    desc="pretraining the tiny base model, once")
+                    desc="pretraining the tiny base model, once", disable=None)
     for step, ids in progress:
         # right padding and causal attention: no text sees its padding; -100 is a label, not a token
         logits = model(ids.clamp(min=0), use_cache=False).logits
