@@ -1256,17 +1256,17 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     (r"(?<!\.)\.( *\}?\$?) *$", r"\1"), (r"^ *(-?) *\\?\$ *([0-9][^A-Za-z$]*)$", r"\1\2\\text{dollar}"),
     (r"\\?\$|(?<!\\)\\[()\[\]]", ""), (r"\\[lr]?vert(?![A-Za-z])", "|"), (r"\^ ?\{? ?\\prime ?\}?", "'"),
     (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
-    # every upright font is \text; but an upright number, i or e is what it is
-    (r"\\(?:unit|mbox|mathrm|mathbf|mathit|text[a-z]{2}|operatorname|boldsymbol)(?![A-Za-z]) *|"
-     r"\\text +(?=\{)", r"\\text"),
+    # every upright font is \text, but an upright number, i or e is what it is; bold is nothing
+    (r"\\(?:mathbf|boldsymbol|bm)(?![A-Za-z])|\bnp\.", ""), (r"\\\\ ?\[[0-9.]+ ?[a-z]{2}\]", r"\\\\"),
+    (r"\\(?:unit|mbox|mathrm|mathit|text[a-z]{2}|operatorname)(?![A-Za-z]) *|\\text +(?=\{)", r"\\text"),
     (r"\\text(?=[A-Za-z0-9])(.)", r"\\text{\1}"), (r"\\text\{ *([ie]|[-+0-9./]+) *\}", r"\1"),
     (r"_ ?\{ ?\\text ?\{([^{}]*)\} ?\}", r"_{\1}"), (r"\\mu ?\\text\{", r"\\text{\\mu "),
     (r"^ *\\text\{([^{}]*[^A-Za-z(){} ][^{}]*)\} *$", r"\1"), (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
     (r"square ([A-Za-z]+)", r"\1^2"), (r"cubic ([A-Za-z]+)", r"\1^3"),
     # thousands: 1{,}234 and 1,\!234; 1,234 alone or in a fraction, for (1,234) and 2,4 are lists
     (r"(?<=[0-9])(?:\{,\}|, *\\!|\\,) *(?=[0-9]{3}(?![0-9]))", ""),
-    (r"(?:^[^0-9,(\[{]*|/ *|\\frac\{|(?<=[0-9]\}\{))[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])"
-     r"(?=[^,]*$|\})", lambda match: match[0].replace(",", "")),
+    (r"(?:^(?:[^,]*=)?[^0-9,(\[{]*|/ *|\\frac\{|(?<=[0-9]\}\{))[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])"
+     r"(?=(?:\\,|[^,])*$|\})", lambda match: match[0].replace(",", "")),
     # spaces; "and", "or" and ";" part a list as commas do: "4 or 5" is two answers and never 4
     (r"(?<!\\)\\(?:[,;:!> ]|$)|\\q?quad(?![A-Za-z])|~|\s+", " "), (" +", " "),
     (r"(?:, ?)?(?:\\text\{ *,? *(?:and|or) *\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|;)", ","),
@@ -1281,14 +1281,14 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     (r"\\[dtc](frac|binom)", r"\\\1"), (r"([_^]) ?\{ ?(\w|(?<=\^\{)-\d) ?\}(?!\d)", r"\1\2"),
     (r"\\(frac|sqrt|d?dot|hat|bar|vec) ?([A-Za-z0-9]|\\pi(?![A-Za-z]))", r"\\\1{\2}"),
     (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9]|\\pi(?![A-Za-z]))", r"\1{\2}"),
-    (r"[(\[]? ?\\begin\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\)? ?\\end\{\w+\}[)\]]?", r"{\1}"),
+    (r"[(\[]? ?\\begin\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\)? ?\\end\{\w+} ?[)\]]?", r"{\1}"),
 ]]
 # What may stand in front of a value: x=, f(3)=, V_{max}=, AB=, (x,y)=, \text{Area}=, x\in; not \ne
 NAME = re.compile(
     r"(?:\(\\?[A-Za-z]+ ?(?:, ?\\?[A-Za-z]+ ?)+\)|(?:"
     r"\\text\{(?![^{}]*(?i:not|never|most|least|than|!))[^{}]*\}|_[A-Za-z0-9]|_\{[^{}]*\}|'|[A-Za-z] ?|"
-    r"\\(?!(?:in|ne|not|lnot|neg|approx|sim)(?![A-Za-z])|text)[A-Za-z]++ ?)++(?:\([^()=]*\))?) ?"
-    r"(?:=(?! ?[A-Z]{2,}$)|\\in(?![A-Za-z])) ?")
+    r"\\(?!(?:in|ne|l?not|neg|approx|n?sim|cong|equiv|propto|[lg][eglt]q?)(?![A-Za-z])|text)[A-Za-z]++ ?)++"
+    r"(?:\([^()=]*\))?) ?(?:=(?! ?[A-Z]{2,}$)|\\in(?![A-Za-z])) ?")
 
 def equivalent(given, gold, rel_tol=0, any_order=True) -> bool:
     """Are two answers the same, up to spelling, value and the order of lists? Never raises."""
@@ -1326,13 +1326,13 @@ def same_answer(given, gold, rel_tol, any_order) -> bool:
 def same_word(given, gold) -> bool:
     r"""evelyn is \text{Evelyn} and c is \text{(C)}, but the letters m and M are two."""
     fold = str.lower if "\\text" in gold or len(gold) > 3 else str
-    words = [fold(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" ()")) for text in (given, gold)]
+    words = [fold(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" (){}")) for text in (given, gold)]
     return words[0] == words[1] and bool(re.fullmatch("[A-Za-z][A-Za-z ]*", words[0]))
 
 def same_elements(kind, given, gold, rel_tol, any_order) -> bool:
     r"""Lists, sets and unions in any order, as are the sides of = and \ne; everything else in its own."""
     free = any_order if kind in (",", "\\cup") else kind in ("=", "\\ne")
-    names = [{match[0] for part in parts if (match := NAME.match(part))} for parts in (given, gold)]
+    names = [{m[0].replace(" ", "") for part in parts if (m := NAME.match(part))} for parts in (given, gold)]
     if not free or not all(names) and len(names[0] | names[1]) > 1:  # x=5, y=6 is not 6, 5
         return all(same_answer(*pair, rel_tol, any_order) for pair in zip(given, gold))
     given, gold = (list((Counter(a) - Counter(b)).elements()) for a, b in ((given, gold), (gold, given)))
@@ -1377,18 +1377,18 @@ PREFIX = {"kilo": "k", "centi": "c", "milli": "m", "micro": "\\mu", "nano": "n",
 WORDS = {word: unit or word for word, _, unit in (pair.partition(":") for pair in """meter:m metre:m gram:g
 second:s sec:s minute:min hour:h hr:h year:yr inch:in foot:ft feet:ft yard:yd mile:mi pound:lb ounce:oz
 liter:L joule:J watt:W volt:V newton:N pascal:Pa hertz:Hz kelvin:K mole:mol radian:rad amp:A ampere:A
-coulomb:C calorie:cal per:/ degree percent dollar cent unit day week month apple book box card child children
-choice coin digit distinct integer move number ordered outcome page pair path people person point prime
-problem real root row side solution step student term ticket triangle triple value way zero""".split())}
+coulomb:C calorie:cal per:/ min yr lb erg parsec:pc degree percent dollar cent unit day week month apple box
+card children choice coin digit distinct integer move number ordered outcome pair path people person point
+prime real root side solution step student term ticket triangle triple value way zero""".split())}
 LONG_UNIT = re.compile(f"({'|'.join(PREFIX)})({'|'.join(WORDS)})(?:e?s)?")
 TAIL = re.compile(r"(?<=[0-9)}\]|i])(?! ?\^)(?: ?(?:\\text\{[^{}]*\}|\\AA(?![A-Za-z])|[A-Za-z]++|/|"
-                  r"\^ ?(?:\{-?[0-9]\}|-?[0-9])))++$")
+                  r"\*(?= ?\\text)|\^ ?(?:\{-?[0-9]\}|-?[0-9])))++$")
 
 def split_unit(text) -> tuple:
     """(value without spaces, unit): that of 9.8 meters/s^2 is "m / s ^2"; None where there is none."""
     match, unit = TAIL.search(text), None
     if match:
-        tail = re.sub(r"\\text\{|[{}]", " ", match[0])
+        tail = re.sub(r"\\text\{|[{}*]|\\(?=sec )", " ", match[0])
         words = re.findall(r"\\mu ?[A-Za-z]+|\\?[A-Za-z]+|\^ *-?[0-9]|\S", tail)
         words = [unit_of(word.replace(" ", "")) for word in words]
         letters = re.search("[A-Za-z]", re.sub(r"\\[a-z]+|[0-9]e(?=[-+0-9])", "", text[:match.start()]))
@@ -1419,7 +1419,7 @@ TO_PYTHON = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     (r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\sqrt ?\{([^{}]*)\}", r"((\1)^(1/2))"),
     (r"\\sqrt ?\[([0-9]+)\] ?\{([^{}]*)\}", r"((\2)^(1/\1))"),
     (r"\\(d?dot|hat|bar|vec) ?\{([^{}]*)\}", r"\\\1_(\2)"),
-    (rf"([_^(]|^|(?<=[-+*/ ])|\\{F}|\d) ?\{{([^{{}}]*)\}}", r"\1(\2)"),
+    (rf"([_^(]|^|(?<=[-+*/ ])|\\{F}|\\log_\(\d+\)|\d) ?\{{([^{{}}]*)\}}", r"\1(\2)"),
     (r"\\l(floor|ceil)(?![A-Za-z])((?:(?!\\l(?:floor|ceil)).)*?)\\r\1", r"\\\1(\2)"),
     (rf"(\\{F}) ?\^ ?(\([0-9]+\)|[0-9]) ?((?:{SIMPLE} ?)+|\([^()]*\))", r"(\1(\3))^\2"),
     (rf"(\\{F}{INDEX}) ?((?:{SIMPLE} ?)+)", r"\1(\2)"),
@@ -1450,7 +1450,7 @@ def value_of(text, point):
         while text:
             token = TOKEN.match(text)
             kind, word, text = token.lastgroup, token[0], text[token.end():].lstrip()
-            source += "*" * (operand and kind in ("open", "letter"))  # 2x, (a)(b)
+            source += "*" * bool(operand and re.search(r"(open|letter|[^)]\)number)$", source + kind))  # (a)2
             if kind in ("number", "letter"):
                 name, word = word, f" v{len(values)}"
                 values[word[1:]] = Fraction(name) if kind == "number" else meaning_of(name, text, point)

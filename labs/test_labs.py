@@ -261,6 +261,8 @@ def test_ppo_runs_learns_values_and_resumes_to_the_bit(folder, tmp_path, easy_re
     assert not same_weights(folder, whole / "step-000004")
     values = [row["value"] for row in read_jsonl(whole / "metrics.jsonl")]
     assert abs(values[0]) < 0.2 < abs(values[-1])  # the critic has learned to expect something
+    samples = read_jsonl(whole / "samples.jsonl")
+    assert all(row["advantage"] != row["reward"] for row in samples)  # but the mean of its tokens'
 
 def test_ppo_compiles_policy_reference_and_critic(folder, tmp_path, monkeypatch):
     compiled = []
