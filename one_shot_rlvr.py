@@ -345,12 +345,15 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
 
 # -- 3. Reward: is the last boxed answer the right one? ----------------------------------
 
-BOX, BRACE = re.compile(r"\\(?:boxed|fbox) *\{"), re.compile(r"\\[{}\\]|[{}]")  # \{ is printed, no group
+BOX = re.compile(r"\\(?:boxed|fbox)(?: *\{| +(\w)(?![\w^/]|[.,]\d))", re.ASCII)  # \boxed 7, too
+BRACE = re.compile(r"\\[{}\\]|[{}]")  # \{ is printed, no group
 
 def extract_boxed(text):
     r"""Content of the last complete \boxed{...}, or None. None is over 10,000 characters: linear time."""
     end = len(text)
     for opening in reversed(list(BOX.finditer(text))):
+        if opening[1]:
+            return opening[1]
         depth, start = 1, opening.end()
         for brace in BRACE.finditer(text, start, min(end, start + 10_000)):
             depth += (brace[0] == "{") - (brace[0] == "}")

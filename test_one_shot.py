@@ -417,8 +417,10 @@ def test_an_answer_equals_itself(answer):
 
 @pytest.mark.parametrize("text, content", [
     (r"\boxed{5}", "5"), (r"first \boxed{5}, then \boxed{6}", "6"), (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-    ("no box", None), ("", None), (r"\boxed 5", None), (r"\fbox{5}", "5"), (r"\boxed {5}", "5"),
-    (r"\boxed{5", None), (r"\boxed{5} and \boxed{6", "5"), (r"\boxed{5} and \boxed 6", "5"),
+    ("no box", None), ("", None), (r"so $\boxed 5$.", "5"), (r"\fbox{5}", "5"), (r"\boxed {5}", "5"),
+    (r"\boxed 7.5", None), (r"\boxed 72", None), (r"\boxed 7/2", None), (r"\boxed x^2", None),
+    (r"\boxed", None), (r"\boxedx", None), (r"\boxed \frac12", None),
+    (r"\boxed{5", None), (r"\boxed{5} and \boxed{6", "5"), (r"\boxed{5} and \boxed 6", "6"),
     (r"\boxed{}", ""), (r"\boxed{5}}}", "5"), (r"\boxed{\boxed{12.8}}", "12.8"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{a\boxed{b", None), (r"\boxed{1 \boxed{2}", "2"),
     (r"\boxed{[1, 2)\}}", r"[1, 2)\}")])
