@@ -203,8 +203,10 @@ class KVCache:
             # zeros, not empty: a masked NaN still poisons the sum over values, as 0 * NaN is NaN
             self.stores = [x.new_zeros(layers, self.slots, self.length, x.shape[1], x.shape[3])
                            for x in (keys, values)]
+        # not store[layer][...]: into a view, torch.compile would copy the layer's whole store, twice a step
+        place = torch.full_like(self.slot_index, layer), self.slot_index, self.fed
         for store, new in zip(self.stores, (keys, values)):
-            store[layer][self.slot_index, self.fed] = new.transpose(1, 2)
+            store[place] = new.transpose(1, 2)
         return tuple(store[layer][self.fed_slots, :self.filled].transpose(1, 2) for store in self.stores)
 
     def feed(self, slots, tokens, positions, filled, **kwargs):
@@ -341,6 +343,8 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
         progress.set_postfix_str(f"{sum(map(len, responses)):,} tokens, {len(running)} run", refresh=False)
         progress.update(len(free))
     progress.close()
+    del cache
+    torch.cuda.empty_cache()  # or AdamW's state, made later, would split its memory, and it fits no more
 
 
 # -- 3. Reward: is the last boxed answer the right one? ----------------------------------

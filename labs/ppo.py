@@ -13,9 +13,10 @@ stays in the loss, as in GRPO. With gamma = lambda = 1 the advantage before whit
 critic that knew only the mean reward would give GRPO's reward - mean, and whitening divides by the standard
 deviation of the batch in place of the group's.
 
-Logs are those of GRPO, with value_loss and value in metrics.jsonl; samples.jsonl has the reward as the
-advantage, because a rollout has many; a dead group is not lost, because the critic need not expect its
-reward. --offload-optimizer acts on the policy alone.
+Logs are those of GRPO, with value_loss and value in metrics.jsonl; the advantage of a rollout is the mean of
+its tokens'; a dead group is not lost, because the critic need not expect its reward. The critic takes as much
+memory as the policy again: for 1.5B on 80 GB add --slots 128 --activation-checkpointing (worked out, not
+run). --offload-optimizer acts on the policy alone.
 """
 import sys
 import time
