@@ -1294,13 +1294,12 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
 NAME = re.compile(
     r"(?:\(\\?[A-Za-z]+ ?(?:, ?\\?[A-Za-z]+ ?)+\)|(?:"
     r"\\text\{(?![^{}]*(?i:not|never|most|least|than|!))[^{}]*\}|_[A-Za-z0-9]|_\{[^{}]*\}|'|[A-Za-z] ?|"
-    r"\\(?!(?:in|ne|l?not|neg|approx|n?sim|cong|equiv|propto|[lg][eglt]q?)(?![A-Za-z])|text)[A-Za-z]++ ?)++"
+    r"\\(?!(?:in|ne|l?not|neg|approx|n?sim|cong|equiv|propto|[lg][eglt]q*)(?![A-Za-z])|text)[A-Za-z]++ ?)++"
     r"(?:\([^()=]*\))?) ?(?:=(?! ?[A-Z]{2,}$)|\\in(?![A-Za-z])) ?")
 
 def equivalent(given, gold, rel_tol=0, any_order=True) -> bool:
     """Are two answers the same, up to spelling, value and the order of lists? Never raises."""
-    # the longest answer of the benchmarks has 210 characters; hostile ones must not cost time
-    if given == gold or max(len(given), len(gold)) > 400 or re.search(r"[({\[]{6}", given):
+    if given == gold or max(len(given), len(gold)) > 400:  # the longest of the benchmarks has 210 characters
         return given == gold
     for pattern, replacement in SPELLINGS:
         given, gold = pattern.sub(replacement, given), pattern.sub(replacement, gold)
@@ -1309,6 +1308,7 @@ def equivalent(given, gold, rel_tol=0, any_order=True) -> bool:
     except (RecursionError, OverflowError):  # 2^{2000} is too large to be compared with a root
         return False
 
+@functools.lru_cache(4096)  # the elements of lists meet again and again
 def same_answer(given, gold, rel_tol, any_order) -> bool:
     """Are two answers in one spelling the same text, elements, equation or value?"""
     (value, unit), (gold_value, gold_unit) = split_unit(given), split_unit(gold)
@@ -1392,7 +1392,7 @@ TAIL = re.compile(r"(?<=[0-9)}\]|i])(?! ?\^)(?: ?(?:\\text\{[^{}]*\}|\\AA(?![A-Z
                   r"\*(?= ?\\text)|\^ ?(?:\{-?[0-9]\}|-?[0-9])))++$")
 
 def split_unit(text) -> tuple:
-    """(value without spaces, unit): that of 9.8 meters/s^2 is "m / s ^2"; None where there is none."""
+    r"""(value without spaces, but in \pi r and 4 5; unit): of 9.8 meters/s^2 "m / s ^2", of a bare 5 None."""
     match, unit = TAIL.search(text), None
     if match:
         tail = re.sub(r"\\text\{|[{}*]|\\(?=sec )", " ", match[0])
@@ -1403,7 +1403,6 @@ def split_unit(text) -> tuple:
         sure = "\\" in match[0] or not letters and re.search(r"[A-Za-z]{2}|m ?/ ?s", tail)
         if sure and all(words):
             text, unit = text[:match.start()], " ".join(words)
-    # a space may end a command, \pi r, or part two numbers
     return re.sub(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ", r"\1", text).removeprefix("+"), unit
 
 def unit_of(word):
@@ -1421,7 +1420,7 @@ def same_value(x, y, rel_tol) -> bool:
 
 # LaTeX as Python, from the innermost braces outwards; letters and functions may have an index, x_(1)
 INDEX = r"(?:_(?:[A-Za-z0-9]|\([^()]*\))|')*"
-SIMPLE = rf"(?:[0-9.]+|(?:\\(?!{F})[A-Za-z]+ ?|[A-Za-z]){INDEX}(?:\^\w)?)"
+SIMPLE = rf"(?:[0-9.]+|(?:\\(?!{F})[A-Za-z]+ ?|[A-Za-z]){INDEX}(?:\^(?:-?\w|\([^()]*\)))?)"
 TO_PYTHON = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in [
     (r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\sqrt ?\{([^{}]*)\}", r"((\1)^(1/2))"),
     (r"\\sqrt ?\[([0-9]+)\] ?\{([^{}]*)\}", r"((\2)^(1/\1))"),
@@ -1439,6 +1438,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 LETTERS = """alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
 phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell dot ddot hat bar vec""".split()
 
+@functools.lru_cache(4096)
 def value_of(text, point):
     r"""The value of an expression: exact where it is rational, NaN where it is none or has two readings.
 

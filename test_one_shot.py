@@ -394,7 +394,8 @@ LONG = ["{" * 400 + "}" * 400, "(" * 300 + "4" + ")" * 300, "3^{9999}" * 90, "(2
     r"\text{" * 60, "a_" * 190,
     "_{1}" * 99, r"\lfloor " * 50 + "4", "1,234" * 70, r"\sin " * 80 + "4", "((((4))))^" * 39,
     "9^" * 199 + "9", "-" * 391 + "4"]
-SLOW = [(r"\log_{1e99999999} 7", "3.0"), (r"1" + r"\pm 2" * 40, "1,-2"), (r"\pm+-" * 30, r"3\pm2\sqrt2")]
+SLOW = [(r"\log_{1e99999999} 7", "3.0"), (r"1" + r"\pm 2" * 40, "1,-2"), (r"\pm+-" * 30, r"3\pm2\sqrt2"),
+        (",".join(f"{i}.0" for i in range(60, 10, -1)), ",".join(map(str, range(10, 60))))]
 HUGE = [("2^{2000}", r"\sqrt2"), (r"\sqrt2", "2^{2000}"), (r"\sin 2^{2000}", "4"), ("f(2^{2000})", "f(2)")]
 
 @pytest.mark.parametrize("kind, gold, box, verdict", answer_pairs())
@@ -981,6 +982,11 @@ def test_a_run_is_not_begun_again_over_its_steps(folder, tmp_path, easy_reward, 
     (run / "config.json").write_text(config)
     assert before == files()
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "samples.jsonl", "latest", "step-000002"])
+def test_no_file_of_another_run_is_overwritten(name, folder, tmp_path, refused):
+    (tmp_path / name).touch()
+    assert "is of another run" in refused(rl.main, run_flags(folder, tmp_path))
+
 def test_a_run_that_began_meanwhile_is_not_overwritten(folder, tmp_path, monkeypatch, refused):
     real = rl.load_model
 
@@ -1033,6 +1039,24 @@ def test_a_resumed_run_keeps_its_examples(folder, tmp_path, easy_reward, refused
     rl.main([*resume, "--eval-every", "0"])  # evaluates no more
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [0, 1, 1, 2, 2, 3]
 
+def test_a_run_of_an_older_version_goes_on(folder, tmp_path, easy_reward, refused):
+    run, example = tmp_path / "run", tmp_path / "mine.jsonl"
+    row = {"problem": "What is 1 + 1?", "answer": "2"}
+    example.write_text(json.dumps(row) + "\n" + json.dumps(row))
+    rl.main(run_flags(folder, run, "--steps", 2, "--example", example))
+    resume = ["--output-dir", str(run), "--resume", "--steps", "3"]
+    example.write_text(json.dumps(row) + "\n" + json.dumps({**row, "answer": "3"}))
+    assert "is not what it was" in refused(rl.main, resume)  # the second example counts, too
+    gc.collect()
+    config = json.loads((run / "config.json").read_text())
+    del config["examples_crc32"], config["compile"]
+    (run / "config.json").write_text(json.dumps(config))
+    rl.main(resume)
+    gc.collect()
+    rl.main(resume)  # of a finished run: nothing is left to do
+    config = json.loads((run / "config.json").read_text())
+    assert config["examples_crc32"] and config["compile"] is False
+
 @pytest.mark.parametrize("change, words", [
     ({"group_size": 2.5}, "--group-size: invalid int"), ({"slots": [1]}, "--slots: invalid int"),
     ({"learning_rate": None}, "--learning-rate: invalid float"), ({"reward": "zz"}, "'zz' is none of")])
@@ -1056,6 +1080,8 @@ def test_rows_with_line_separators_survive_a_resume(tmp_path):
     (tmp_path / "samples.jsonl.tmp").write_text("left by a kill")
     assert rl.keep_rows(tmp_path / "samples.jsonl", lambda row: row["step"] <= 1) == rows[:1]
     assert read_jsonl(tmp_path / "samples.jsonl") == rows[:1]
+    rl.write_json(tmp_path / "x.json", rows[0])
+    assert rl.read_json(tmp_path / "x.json") == rows[0]
 
 def test_evaluation_while_training(folder, tmp_path, easy_reward):
     (tmp_path / "my.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n')
@@ -1067,6 +1093,14 @@ def test_evaluation_while_training(folder, tmp_path, easy_reward):
     rl.main([*flags, "--resume", "--steps", "7"])
     steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 7]  # and after the last step
+
+def test_tests_can_be_asked_for_later(folder, tmp_path, easy_reward, refused):
+    (tmp_path / "my.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n')
+    rl.main(run_flags(folder, tmp_path / "run", "--steps", 2))
+    resume = ["--output-dir", str(tmp_path / "run"), "--resume", "--eval-every", "2"]
+    assert "--eval" in refused(rl.main, resume)
+    rl.main([*resume, "--eval", str(tmp_path / "my.jsonl")])
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "eval" in row] == [2]
 
 def test_the_commands_as_a_user_types_them(folder, tmp_path):
     """Evaluate; train, and Ctrl-C in the middle: in processes of their own, on an ascii console; resume."""
@@ -1545,6 +1579,17 @@ def test_benchmarks_that_share_a_subject_are_compared_apart(tmp_path, capsys, re
     assert "no problem in common" in refused(evaluate.main, ["--compare", *others])
     names = [f"{tmp_path}/y.jsonl", f"{tmp_path}/other/y.jsonl"]
     assert "two benchmarks y" in refused(evaluate.load_benchmarks, names)
+
+def test_compare_by_level_and_lenient(tmp_path, capsys):
+    a, b = ([{**row, "correct_lenient": False, "level": 1}
+             for row in checked_rows([[ok]] * 2, subject=["Algebra"] * 2)] for ok in (0, 1))
+    paths = two_evaluations(tmp_path, a, b)
+    evaluate.main(["--compare", *paths])
+    out = capsys.readouterr().out
+    assert "dtype is a" in out and "seed is" not in out and "  Algebra" in out and "+100.0" in out
+    evaluate.main(["--compare", *paths, "--lenient", "--by", "level"])
+    out = capsys.readouterr().out
+    assert "+100.0" not in out and "Algebra" not in out and "\n  1  " in out
 
 def test_how_much_of_a_difference_is_format(tmp_path, capsys):
     """Four problems are won: one had a box before, two came to their end; of two lost, one keeps its box."""

@@ -478,6 +478,16 @@ def test_plot_and_table_of_real_runs(folder, tmp_path, easy_reward, capsys, monk
     text = (tmp_path / "new" / "plot.svg").read_text()
     assert all(word in text for word in ("other (not tested)", "before training", "response length", ">run<"))
 
+def test_bars_of_runs_that_were_tested_before_training_alone():
+    figure = pytest.importorskip("matplotlib.figure")
+    axis, test = figure.Figure().subplots(), {"x": 0.5, "average": 0.5}
+    plot.draw_bars(axis, {"a": [([], {0: test, 2: test})],
+                          "b": [([], {0: test, 2: test}), ([], {0: test})], "c": [([], {})]})
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["before training", "a"]
+    axis = figure.Figure().subplots()
+    plot.draw_bars(axis, {"c": [([], {})]})
+    assert axis.get_title().startswith("no test accuracy") and not axis.axison
+
 def test_plot_says_what_it_lacks(tmp_path, refused, monkeypatch):
     assert ".png or .svg" in refused(plot.main, [str(tmp_path), "--output", "x.gif"])
     output = ["--output", str(tmp_path / "x.png")]
