@@ -57,11 +57,9 @@ def problem_and_answer(row) -> dict:
     if answer is None:
         final = row.get("final_answer")
         answer = final[0] if isinstance(final, list) else final or rl.extract_boxed(row["solution"])
-    if not isinstance(answer, str | int | float):
-        raise TypeError("no answer to compare with")
     problem = row.get("question") or row["problem"]
-    if not problem.strip():
-        raise TypeError("no problem to solve")
+    if not problem.strip() or not isinstance(answer, str | int | float):
+        raise TypeError("nothing to solve, or nothing to compare with")
     context = f"{row['context']}\n" if row.get("context") else ""
     extra = {key: str(row[key]) for key in ("subject", "level") if key in row}
     return {"problem": context + problem, "answer": str(answer), **extra}
@@ -78,9 +76,8 @@ def load_benchmark(name, data_dir=None) -> list:
         from datasets import load_dataset  # here, because it takes a second, and files need none of it
         try:
             rows = dict(enumerate(load_dataset(source, split="test"), 1))
-        except Exception as error:  # the hub's client raises a dozen kinds when it is away
-            rl.fail(f"{name}: {source} could not be loaded ({type(error).__name__}); without the hub name a "
-                    f"file, DIR/{name}.jsonl")
+        except Exception:  # the hub's client raises a dozen kinds when it is away
+            rl.fail(f"{name}: {source} could not be loaded; without the hub name a file, DIR/{name}.jsonl")
     benchmark = []
     for number, row in rows.items():
         try:
@@ -241,17 +238,15 @@ def measure_all(rows, names) -> dict:
 
 def scores_of(result, lenient=False) -> dict:
     """What measure_all gives, in short -> {"average": mean of avg@k, benchmark: its avg@k, ...}."""
-    scores = {name: m["lenient"] if lenient else m for name, m in result["benchmarks"].items()}
     return {"average": result["average_lenient" if lenient else "average"],
-            **{name: m["avg_at_k"] for name, m in scores.items()}}
+            **{key: (m["lenient"] if lenient else m)["avg_at_k"] for key, m in result["benchmarks"].items()}}
 
 
 # -- 4. Tables ---------------------------------------------------------------------------
 
 def print_table(result, by=None, lenient=False) -> None:
-    title = "benchmark, lenient" if lenient else "benchmark"
-    print(f"\n{title:<24}{'n':>5}{'k':>4}{'T':>6}{'avg@k':>8}{'+-':>6}{'pass@k':>8}{'boxed':>7}"
-          f"{'trunc':>7}{'code':>6}{'tokens':>8}{'reflect':>9}")
+    print(f"\n{'lenient' if lenient else 'benchmark':<24}{'n':>5}{'k':>4}{'T':>6}{'avg@k':>8}{'+-':>6}"
+          f"{'pass@k':>8}{'boxed':>7}{'trunc':>7}{'code':>6}{'tokens':>8}{'reflect':>9}")
     errors = []
     for benchmark, measures in result["benchmarks"].items():
         for name, m in {benchmark: measures, **measures.get(f"by_{by}", {})}.items():

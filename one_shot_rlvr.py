@@ -940,6 +940,7 @@ def load_checkpoint(run) -> int:
     return step
 
 def refuse_to_overwrite(config) -> None:
+    """Nothing of a run may be lost because another one is begun in its folder."""
     left = [path for name in ("config.json", "metrics.jsonl", "samples.jsonl", "latest", "step-*")
             for path in Path(config.output_dir).glob(name)]
     if left and not config.resume:
@@ -1385,8 +1386,8 @@ WORDS = {word: unit or word for word, _, unit in (pair.partition(":") for pair i
 second:s sec:s minute:min hour:h hr:h year:yr inch:in foot:ft feet:ft yard:yd mile:mi pound:lb ounce:oz
 liter:L joule:J watt:W volt:V newton:N pascal:Pa hertz:Hz kelvin:K mole:mol radian:rad amp:A ampere:A
 coulomb:C calorie:cal per:/ min yr lb erg parsec:pc degree percent dollar cent unit day week month apple box
-card children choice coin digit distinct integer move number ordered outcome pair path people person point
-prime real root side solution step student term ticket triangle triple value way zero""".split())}
+card children choice coin digit distinct integer move number ordered gallon pair path people person point
+prime real root side solution step student term ticket triangle triple value way zero boy ball""".split())}
 LONG_UNIT = re.compile(f"({'|'.join(PREFIX)})({'|'.join(WORDS)})(?:e?s)?")
 TAIL = re.compile(r"(?<=[0-9)}\]|i])(?! ?\^)(?: ?(?:\\text\{[^{}]*\}|\\AA(?![A-Za-z])|[A-Za-z]++|/|"
                   r"\*(?= ?\\text)|\^ ?(?:\{-?[0-9]\}|-?[0-9])))++$")
