@@ -33,7 +33,6 @@ import functools
 import inspect
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -47,6 +46,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -1265,12 +1265,12 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     (r"\\?\$|(?<!\\)\\[()\[\]]", ""), (r"\\[lr]?vert(?![A-Za-z])", "|"), (r"\^ ?\{? ?\\prime ?\}?", "'"),
     (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
     # every upright font is \text, but an upright number, i or e is what it is; bold is nothing
-    (r"\\(?:mathbf|boldsymbol|bm)(?![A-Za-z])|\bnp\.", ""), (r"\\\\ ?\[[0-9.]+ ?[a-z]{2}\]", r"\\\\"),
+    (r"\\(?:mathbf|boldsymbol|bm) *\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\bnp\.", ""),
+    (r"\\\\ ?\[[0-9.]+ ?[a-z]{2}\]", r"\\\\"),
     (r"\\(?:unit|mbox|mathrm|mathit|text[a-z]{2}|operatorname)(?![A-Za-z]) *|\\text +(?=\{)", r"\\text"),
     (r"\\text(?=[A-Za-z0-9])(.)", r"\\text{\1}"), (r"\\text\{ *([ie]|[-+0-9./]+) *\}", r"\1"),
     (r"_ ?\{ ?\\text ?\{([^{}]*)\} ?\}", r"_{\1}"), (r"\\mu ?\\text\{", r"\\text{\\mu "),
     (r"^ *\\text\{([^{}]*[^A-Za-z(){} ][^{}]*)\} *$", r"\1"), (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
-    (r"square ([A-Za-z]+)", r"\1^2"), (r"cubic ([A-Za-z]+)", r"\1^3"),
     # thousands: 1{,}234 and 1,\!234; 1,234 alone or in a fraction, for (1,234) and 2,4 are lists
     (r"(?<=[0-9])(?:\{,\}|, *\\!|\\,) *(?=[0-9]{3}(?![0-9]))", ""),
     (r"(?:^(?:[^,]*=)?[^0-9,(\[{]*|/ *|\\frac\{|(?<=[0-9]\}\{))[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])"
@@ -1289,14 +1289,14 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     (r"\\[dtc](frac|binom)", r"\\\1"), (r"([_^]) ?\{ ?(\w|(?<=\^\{)-\d) ?\}(?!\d)", r"\1\2"),
     (r"\\(frac|sqrt|d?dot|hat|bar|vec) ?([A-Za-z0-9]|\\pi(?![A-Za-z]))", r"\\\1{\2}"),
     (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9]|\\pi(?![A-Za-z]))", r"\1{\2}"),
-    (r"[(\[]? ?\\begin\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\)? ?\\end\{\w+} ?[)\]]?", r"{\1}"),
+    (r"[(\[]? ?\\begin{(?:[pb]?matrix|array)} ?(?:{[clr| ]*})?(.*?)(?:\\\\)? ?\\end{\w+} ?[)\]]?", r"{\1}"),
 ]]
 # What may stand in front of a value: x=, f(3)=, V_{max}=, AB=, (x,y)=, \text{Area}=, x\in; not \ne
 NAME = re.compile(
-    r"(?:\(\\?[A-Za-z]+ ?(?:, ?\\?[A-Za-z]+ ?)+\)|(?:"
-    r"\\text\{(?![^{}]*(?i:not|never|most|least|than|!))[^{}]*\}|_[A-Za-z0-9]|_\{[^{}]*\}|'|[A-Za-z] ?|"
-    r"\\(?!(?:in|ne|l?not|neg|approx|n?sim|cong|equiv|propto|[lg][eglt]q*)(?![A-Za-z])|text)[A-Za-z]++ ?)++"
-    r"(?:\([^()=]*\))?) ?(?:=(?! ?[A-Z]{2,}$)|\\in(?![A-Za-z])) ?")
+    r"(?:\(\\?[A-Za-z]+ ?(?:, ?\\?[A-Za-z]+ ?)+\)|(?:_[A-Za-z0-9]|_\{[^{}]*\}|'|[A-Za-z] ?|"
+    r"\\text\{(?![^{}]*(?i:\bnot\b|never|at most|at least|than\b|!))[^{}]*\}|"
+    r"\\(?!(?:in|ne|l?not|neg|approx|n?sim|cong|equiv|propto|[lg][et]q*|ll|gg)(?![A-Za-z])|text)[A-Za-z]++ ?)"
+    r"++(?:\([^()=]*\))?) ?(?:(?<![A-Z]{2})(?<![A-Z]{2} )=|=(?! ?[A-Z]{2,}$)|\\in(?![A-Za-z])) ?")
 
 def equivalent(given, gold, rel_tol=0, any_order=True) -> bool:
     """Are two answers the same, up to spelling, value and the order of lists? Never raises."""
@@ -1333,7 +1333,7 @@ def same_answer(given, gold, rel_tol, any_order) -> bool:
 
 def same_word(given, gold) -> bool:
     r"""evelyn is \text{Evelyn} and c is \text{(C)}, but the letters m and M are two."""
-    fold = str.lower if "\\text" in gold or len(gold) > 3 else str
+    fold = str.lower if "\\text" in gold or len(gold) > 3 or gold.lower() in ("yes", "no") else str
     words = [fold(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" (){}")) for text in (given, gold)]
     return words[0] == words[1] and bool(re.fullmatch("[A-Za-z][A-Za-z ]*", words[0]))
 
@@ -1380,14 +1380,15 @@ def split_top(text, separator) -> list:
 
 # A unit is made of these, or it is what is counted; "million" and "below zero" are none.
 UNIT = re.compile(r"(?:[munpfckdMGT]|\\mu)?(?:m|g|s|J|eV|W|Hz|V|A|N|Pa|L|mol|K|C|F|T|cal|pc|rad|bar)|/|"
-                  r"mph|in|ft|yd|mi|lb|oz|h|min|yr|AU|ly|erg|dyn|atm|rpm|dB|\\AA|\^-?[0-9]")
+                  r"mph|in|ft|yd|mi|lb|oz|h|min|yr|AU|ly|erg|dyn|atm|rpm|dB|\\AA|\^-?[0-9]|square|cubic")
 PREFIX = {"kilo": "k", "centi": "c", "milli": "m", "micro": "\\mu", "nano": "n", "mega": "M", "": ""}
 WORDS = {word: unit or word for word, _, unit in (pair.partition(":") for pair in """meter:m metre:m gram:g
 second:s sec:s minute:min hour:h hr:h year:yr inch:in foot:ft feet:ft yard:yd mile:mi pound:lb ounce:oz
 liter:L joule:J watt:W volt:V newton:N pascal:Pa hertz:Hz kelvin:K mole:mol radian:rad amp:A ampere:A
-coulomb:C calorie:cal per:/ min yr lb erg parsec:pc degree percent dollar cent unit day week month apple box
-card children choice coin digit distinct integer move number ordered gallon pair path people person point
-prime real root side solution step student term ticket triangle triple value way zero boy ball""".split())}
+coulomb:C calorie:cal per:/ min yr lb erg parsec:pc degree percent dollar cent unit day week month apple ball
+book box boy car card child children choice coin digit distinct edge face game gallon girl integer item letter
+men move number ordered outcome pair path people person piece player point problem real region root row side
+solution step student team term ticket triangle triple value vertice vote way women word zero""".split())}
 LONG_UNIT = re.compile(f"({'|'.join(PREFIX)})({'|'.join(WORDS)})(?:e?s)?")
 TAIL = re.compile(r"(?<=[0-9)}\]|i])(?! ?\^)(?: ?(?:\\text\{[^{}]*\}|\\AA(?![A-Za-z])|[A-Za-z]++|/|"
                   r"\*(?= ?\\text)|\^ ?(?:\{-?[0-9]\}|-?[0-9])))++$")
@@ -1403,7 +1404,7 @@ def split_unit(text) -> tuple:
         # bare ones may be letters of a product: 6m, 2 k m, x^2 ms
         sure = "\\" in match[0] or not letters and re.search(r"[A-Za-z]{2}|m ?/ ?s", tail)
         if sure and all(words):
-            text, unit = text[:match.start()], " ".join(words)
+            text, unit = text[:match.start()], re.sub(r"square (\S+)", r"\1 ^2", " ".join(words))
     return re.sub(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ", r"\1", text).removeprefix("+"), unit
 
 def unit_of(word):
@@ -1421,7 +1422,7 @@ def same_value(x, y, rel_tol) -> bool:
 
 # LaTeX as Python, from the innermost braces outwards; letters and functions may have an index, x_(1)
 INDEX = r"(?:_(?:[A-Za-z0-9]|\([^()]*\))|')*"
-SIMPLE = rf"(?:[0-9.]+|(?:\\(?!{F})[A-Za-z]+ ?|[A-Za-z]){INDEX}(?:\^(?:-?\w|\([^()]*\)))?)"
+SIMPLE = rf"(?:(?:[0-9.]+|(?:\\(?!{F})[A-Za-z]+ ?|[A-Za-z]){INDEX})(?:\^(?:-?\w|\([^()]*\)))?)"
 TO_PYTHON = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in [
     (r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\sqrt ?\{([^{}]*)\}", r"((\1)^(1/2))"),
     (r"\\sqrt ?\[([0-9]+)\] ?\{([^{}]*)\}", r"((\2)^(1/\1))"),
@@ -1434,8 +1435,7 @@ TO_PYTHON = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
 ]]
 TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)|"
                    rf"(?P<sign>[-+*/^,)])|(?P<open>\()|(?P<letter>(?:\\[A-Za-z]+|[A-Za-z]){INDEX})", re.ASCII)
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.Pow: operator.pow}
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: pow}
 LETTERS = """alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
 phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell dot ddot hat bar vec""".split()
 
@@ -1446,7 +1446,7 @@ def value_of(text, point):
     Only numbers, letters, operators and FUNCTIONS are computed; Python parses them, and executes nothing.
     """
     text = re.sub(r"^(-?)([0-9]+) ?(\\frac ?\{[0-9]+\} ?\{[0-9]+\}|(?<= )[0-9]+/[0-9]+)$", r"\1(\2+\3)", text)
-    if re.search(r"^[a-z]{3}$|(?<![\w\\])([A-Za-z]{4}|[A-Z]{3})|\d ?\\frac ?\{\d|d ?\w+\} ?\{d|d\w/d", text):
+    if re.search(r"^[a-z]{3}$|(?<![\w\\{^])([A-Za-z]{4}|[A-Z]{3})|\d ?\\frac ?\{\d|d ?\w+} ?\{d|d\w/d", text):
         return math.nan
     before, source, values, operand = None, "", {}, False
     while text != before:
@@ -1472,7 +1472,7 @@ def meaning_of(word, rest, point):
     """What a letter is, or what a function computes: f(2x) is not 2f(x), but x(x+1) is a product."""
     name, _, index = word.removeprefix("\\").partition("_")
     if name == "log" and index:
-        return lambda x: cmath.log10(x) / cmath.log10(float(index.strip("()")))
+        return lambda x: cmath.log10(x) / cmath.log10(value_of(index.strip("()"), point))
     if name in FUNCTIONS and not index:
         return FUNCTIONS[name]
     is_function = name[0].isupper() or word[0] in "fgh" or rest[2:3] == ")"
