@@ -1446,7 +1446,7 @@ def value_of(text, point):
     Only numbers, letters, operators and FUNCTIONS are computed; Python parses them, and executes nothing.
     """
     text = re.sub(r"^(-?)([0-9]+) ?(\\frac ?\{[0-9]+\} ?\{[0-9]+\}|(?<= )[0-9]+/[0-9]+)$", r"\1(\2+\3)", text)
-    if re.search(r"^[^\W\d]{3}$|(?<![\w\\{^])([A-Za-z]{4}|[A-Z]{3})|\d ?\\frac ?{\d|d ?\w+} ?\{d|d\w/d", text):
+    if re.search(r"^[^\W\d]{3}$|(?<![\w\\{^])([A-Za-z]{4}|[A-Z]{3})|\d ?\\frac ?{\d|d ?\w+} ?{d|d\w/d", text):
         return math.nan
     before, source, values, operand = None, "", {}, False
     while text != before:
