@@ -76,8 +76,9 @@ def load_benchmark(name, data_dir=None) -> list:
         from datasets import load_dataset  # here, because it takes a second, and files need none of it
         try:
             rows = dict(enumerate(load_dataset(source, split="test"), 1))
-        except Exception:  # the hub's client raises a dozen kinds when it is away
-            rl.fail(f"{name}: {source} could not be loaded; without the hub name a file, DIR/{name}.jsonl")
+        except Exception as error:  # the hub's client raises a dozen kinds when it is away
+            rl.fail(f"{name}: {source} could not be loaded ({type(error).__name__}); without the hub name a "
+                    f"file, DIR/{name}.jsonl")
     benchmark = []
     for number, row in rows.items():
         try:
@@ -144,6 +145,7 @@ def tasks_left(tokenizer, benchmarks, done, context, k, temperature, max_respons
                 if (name, number, sample) not in made:
                     row = {"benchmark": name, "number": number, "sample": sample,
                            "temperature": its_temperature, **problem}
+                    # of its own: neither --slots nor a stop on the way changes a response
                     draw = np.random.default_rng([seed, zlib.crc32(name.encode()), number, sample])
                     yield row, prompt, limit, its_temperature, draw.random(max_response_tokens)
 
@@ -197,11 +199,14 @@ def parts_of(rows, name, key="benchmark") -> dict:
             parts[row[key]].append(row)
     return dict(sorted(parts.items()))
 
+def problem_of(row) -> tuple:
+    return row["benchmark"], row["number"], row["problem"]
+
 def by_problem(rows, verdict="correct") -> dict:
     """Checked responses -> {problem: [whether each sample is right]}."""
     samples = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row["number"], row["sample"])):
-        samples[row["benchmark"], row["number"], row["problem"]].append(row[verdict])
+        samples[problem_of(row)].append(row[verdict])
     return samples
 
 def accuracy(rows, verdict) -> dict:
@@ -315,8 +320,7 @@ def compare(path_a, path_b, by, verdict) -> None:
           "paired by problem. Better: by more than two of these; chance alone is in one line of twenty.\n")
     # how much of it is format? of what was won, how much was boxed, and came to its end, before
     for word, (side, rows) in itertools.product(("won", "lost"), (("A", rows_a), ("B", rows_b))):
-        problems = average[word]
-        if rows := [row for row in rows if (row["benchmark"], row["number"], row["problem"]) in problems]:
+        if rows := [row for row in rows if problem_of(row) in average[word]]:
             boxed = np.mean([rl.has_box(row["text"]) for row in rows])
             ended = np.mean([not row["truncated"] for row in rows])
             print(f"{word}, responses of {side}: {boxed:.0%} boxed, {ended:.0%} came to their end")

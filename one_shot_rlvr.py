@@ -1299,8 +1299,8 @@ NAME = re.compile(
     r"++(?:\([^()=]*\))?) ?(?:(?<![A-Z]{2})(?<![A-Z]{2} )=|=(?! ?[A-Z]{2,}$)|\\in(?![A-Za-z])) ?")
 
 def equivalent(given, gold, rel_tol=0, any_order=True) -> bool:
-    """Are two answers the same, up to spelling, value and the order of lists? Never raises."""
-    if given == gold or max(len(given), len(gold)) > 400:  # the longest of the benchmarks has 210 characters
+    """Are two answers the same, up to spelling, value and the order of lists? Never raises or takes long."""
+    if given == gold or max(len(given), len(gold)) > 400 or re.search(r"[({\[]{6}", given):  # golds: to 210
         return given == gold
     for pattern, replacement in SPELLINGS:
         given, gold = pattern.sub(replacement, given), pattern.sub(replacement, gold)
@@ -1362,7 +1362,7 @@ def split_answer(text):
             return split_answer(match[2].strip())  # \{1,2\} is the list 1,2 and (C) is C
         return brackets, parts  # but (1,2) and [1,2] are no lists
     for separator in ("\\\\", "&", ",", "\\cup", "\\ne", "\\le", "<", "="):  # \\ and & part a matrix
-        parts = split_top(text, separator) or [text]
+        parts = separator in text and split_top(text, separator) or [text]
         if separator == ",":  # \pm makes two elements
             parts = [part.replace("\\pm", sign) for part in parts
                      for sign in ("+-" if part.count("\\pm") == 1 else ["\\pm"])]
