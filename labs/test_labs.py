@@ -25,7 +25,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from labs import benchmark, miniature, plot, ppo, select_example, tiny
+from labs import benchmark, checker, miniature, plot, ppo, select_example, tiny
 from test_one_shot import (PROMPTS, RESPONSES, batch_of, comparable, easy_reward, folder, model, random_model,
                            read_jsonl, refused, run_flags, same_weights)
 
@@ -66,7 +66,7 @@ def test_labs_change_nothing_of_another_module():
     assert {path.name: rebound(path.read_text(encoding="utf-8")) for path in SCRIPTS} \
         == {path.name: [] for path in SCRIPTS}
 
-@pytest.mark.parametrize("module", [benchmark, miniature, plot, ppo, select_example, tiny])
+@pytest.mark.parametrize("module", [benchmark, checker, miniature, plot, ppo, select_example, tiny])
 def test_help_and_bad_flags(module, capsys, refused):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
@@ -91,7 +91,7 @@ for script in sys.argv[1:]:
 def test_every_script_starts_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, "-c", EACH, *map(str, SCRIPTS)], cwd=tmp_path, text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0 and done.stdout.count("usage:") == len(SCRIPTS) == 6, done.stderr
+    assert done.returncode == 0 and done.stdout.count("usage:") == len(SCRIPTS) == 7, done.stderr
 
 
 # -- The tiny world ----------------------------------------------------------------------
@@ -381,6 +381,22 @@ def test_probes_that_are_refused(flags, words, folder, tmp_path, refused):
     places = {"EMPTY": str(tmp_path / "set.jsonl"), "FOLDER": str(tmp_path)}
     flags = [places.get(flag, flag) for flag in flags]
     assert words in refused(select_example.main, ["--probe", str(folder), *flags])
+
+
+# -- Which answers are right? ------------------------------------------------------------
+
+def test_a_checker_that_pays_everything_is_shown_up(tmp_path, capsys, refused):
+    checker.main([])
+    rows = [line[42:].split() for line in capsys.readouterr().out.splitlines()]  # right, refused, wrong, ...
+    assert len(rows) == 22 and {(row[1], *row[3:5]) for row in rows[1:]} == {("0", "0", "0")}
+    mine = tmp_path / "mine.py"
+    mine.write_text("def is_correct(response, answer):\n    return 1 / ('x' not in answer)")
+    checker.main([str(mine)])
+    out = capsys.readouterr().out
+    assert re.search(r"^tricks +0 +0 +([0-9]+) +\1 +0 .*\n    paid: 9", out, re.M)
+    assert "    raised: 5  for  x=5 (ZeroDivisionError)\n" in out and "refused: " not in out
+    mine.write_text("is_right = 1")
+    assert "mine.py: no function is_correct" in refused(checker.main, [str(mine)])
 
 
 # -- Tables and pictures -----------------------------------------------------------------
