@@ -1182,7 +1182,7 @@ FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan sinh cosh tanh 
 LETTER = (r"(?:[A-Za-z]|\\(?:var)?(?:alpha|beta|[Gg]amma|[Dd]elta|epsilon|zeta|eta|[Tt]heta|kappa|[Ll]ambda|"
           r"mu|nu|xi|pi|rho|[Ss]igma|tau|[Pp]hi|chi|[Pp]si|[Oo]mega|hbar|ell|d?dot)\b ?)")
 GROUP = r"{((?:[^{}]|{[^{}]*})*)}"  # braces and what is in them
-# {spelling: characters and commands that say the same}; what parts elements is one character
+# {spelling: what says the same}; what parts elements is one character
 SYNONYMS = {word: spelling for spelling, words in {
     "-": "− –", "*": "· × cdot times ast", "<=": "≤ le leq leqslant", ">=": "≥ ge geq geqslant",
     "≠": "≠ ne neq", "∪": "∪ cup", "±": "± pm", "¶": "\\", "|": "vert lvert rvert", "\\pi ": "π",
@@ -1206,6 +1206,7 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), replacement) for pattern, replaceme
     (r"\\(frac|sqrt|d?dot|text) (\w|\\pi ) ?", r"\\\1 {\2}"), (r"(\\frac {[^{}]*})(\w|\\pi ) ?", r"\1{\2}"),
     (r"\^{?\\prime }?", "'"), (r"(?<=_)(\w)|(?<=\^)(-?[0-9.]+|[A-Za-z])", r"{\1\2}"),
     (r"\\text {([ie]|[^A-Za-z_{}]+|,?\\(?:and|or) )}|(?<=_{)\\text {([^{}]*)}(?=})", r"\1\2"),
+    (r"^\\text {([^{}]*[^A-Za-z(){} ][^{}]*)}$", r"\1"),
     # thousands as in 1,234: alone or in a fraction, for (1,234) and 2,4 are lists
     (r"(?:^(?:\\?\w[^,]*=)?[^0-9,(\[{]*|/|\\frac {|(?<=[0-9]}{))[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])"
      r"(?=[^,]*$|})", lambda m: m[0].replace(",", "")),
@@ -1234,7 +1235,7 @@ def same_answer(given, gold, rules) -> bool:
     """Have two answers in one spelling the same text, elements or value? rules: rel_tol, any_order."""
     (value, unit), (gold_value, gold_unit) = split_unit(given), split_unit(gold)
     # evelyn is \text{Evelyn} and c is \text{(C)}, but the letters m and M are two
-    fold = str.lower if "\\text" in gold or len(gold) > 3 else str
+    fold = str.lower if "\\text" in gold or len(gold) > 3 or gold.lower() in ("yes", "no") else str
     words = [fold(re.sub(r"\\text {([^{}]*)}", r"\1", text).strip(" (){}")) for text in (given, gold)]
     same = words[0] == words[1] and re.fullmatch("[A-Za-z][A-Za-z ]*", words[0])
     if same or (value, unit) == (gold_value, gold_unit):
@@ -1248,7 +1249,7 @@ def same_answer(given, gold, rules) -> bool:
     if kind:
         return len(parts) == len(gold_parts) and (same_elements(kind, parts, gold_parts, rules)
                                                   or kind == "=" and proportional(parts, gold_parts, rules))
-    # letters are random numbers, small and large ones: what agrees for both is taken for equal
+    # letters are random, small and large: what agrees for both is taken for equal
     return (not unit or not gold_unit or unit == gold_unit) and all(
         same_value(value_of(value, point), value_of(gold_value, point), rules) for point in (1, 3))
 
