@@ -5,8 +5,6 @@ which bug of a public implementation, or which accident of a user, the test woul
 """
 import copy
 import functools
-import gc
-import io
 import itertools
 import json
 import math
@@ -32,7 +30,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from labs import checker, tiny
