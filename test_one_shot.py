@@ -490,16 +490,19 @@ def test_the_first_update_is_reinforce_and_its_gradient_is_clipped(model, update
     assert torch.allclose(clipped, whole / 3, rtol=1e-4, atol=1e-8) and clipped_stats == stats
 
 @pytest.mark.parametrize("loss_agg", ["token", "sequence"])
-def test_packing_never_changes_the_gradient(update, loss_agg):
+def test_packing_never_changes_the_gradient(update, loss_agg, monkeypatch):
     """num_tokens is fixed before the loop: means of micro-batches (verl, nanochat, nano-aha) fail here."""
     settings = dict(ref_policy=random_model(seed=1), grad_clip=1e9, loss_agg=loss_agg, kl_coef=0.3,
                     entropy_coef=0.2, prompts_per_step=1, group_size=7)
+    packs, score_rows = [], rl.score_rows
+    monkeypatch.setattr(rl, "score_rows", lambda *args: packs.append(args[2]) or score_rows(*args))
     whole, stats = update(**settings)
-    assert stats["kl"] > 0.01
+    assert stats["kl"] > 0.01 and len(packs) == 2  # one, by reference and policy
     for change in ({"token_budget": 1}, {"token_budget": 20}, {"activation_checkpointing": True}):
         split, split_stats = update(**settings, **change)
         assert torch.allclose(whole, split, rtol=1e-4, atol=1e-5)
         assert split_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
+    assert sorted(map(len, packs))[:14] == 14 * [1]  # by a budget of 1 each of the 7 is a pack of its own
 
 def test_the_sampler_has_the_trainers_logprobs(model, update):
     """A mean difference would take a sampler that is off in both directions for the trainer."""
