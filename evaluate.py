@@ -137,11 +137,12 @@ def sample_and_check(model, tokenizer, benchmarks, *, max_response_tokens, seed,
             prompt = rl.encode_prompt(tokenizer, problem["problem"], rl.EVAL_SYSTEM)
             limit = min(max_response_tokens, context - len(prompt))
             for sample in range(samples):
+                if (name, number, sample) in made:
+                    continue
                 row = {"benchmark": name, "number": number, "sample": sample, "temperature": T, **problem}
                 # of its own: neither --slots nor a stop on the way changes a response
                 draw = np.random.default_rng([seed, zlib.crc32(name.encode()), number, sample])
-                if (name, number, sample) not in made:
-                    tasks.append((row, prompt, limit, T, draw.random(max_response_tokens)))
+                tasks.append((row, prompt, limit, T, draw.random(max_response_tokens)))
     too_long = [(row, []) for row, _, limit, *_ in tasks if limit < 1]
     tasks = [task for task in tasks if task[2] > 0]
     waiting, prompts, limits, temperatures, noise = zip(*tasks) if tasks else 5 * ([],)
@@ -340,7 +341,7 @@ def evaluate_to_file(model_name, output, benchmarks, args) -> dict:
         if model_name == args.model:  # the models of a curve share the prompt
             first = rl.encode_prompt(tokenizer, next(iter(benchmarks.values()))[0]["problem"], rl.EVAL_SYSTEM)
             stop_ids = rl.find_stop_ids(tokenizer, model.generation_config)
-            print(f"first prompt:\n{rl.describe_prompt(tokenizer, first, stop_ids)}", flush=True)
+            print(f"first prompt:\n{rl.describe_prompt(tokenizer, first, stop_ids)}")
         rl.write_json(output, header | {"benchmarks": {}, "average": None})
         rows, rate = sample_and_check(model, tokenizer, benchmarks, **sampling, slots=args.slots,
                                       cuda_graph=args.cuda_graph, responses_path=output.with_suffix(".jsonl"))
@@ -366,7 +367,7 @@ def curve(args, benchmarks) -> None:
         with rl.atomically(args.output) as temporary:
             rl.append_rows(temporary, rows, mode="w")
         print(f"step {step}/{max(models)}", *(f" {key} {value:.3f}" for key, value in rows[-1].items()
-                                              if key != "step" and value is not None), flush=True)
+                                              if key != "step" and value is not None))
     print(f"\nwritten to {args.output}")
 
 @dataclass

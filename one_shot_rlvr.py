@@ -303,9 +303,9 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
     cache = KVCache(model, slots, longest, cuda_graph)
     progress = progress_bar(total=len(prompts), desc="rollouts")
-    running = {}  # {slot: rollout}, slots from 0 on
+    running, free = {}, range(slots)  # {slot: rollout}, slots from 0 on; what ended in the last step
     while waiting or running:
-        for slot in sorted(set(range(slots)) - running.keys()):  # the free ones
+        for slot in free:
             if waiting:
                 running[slot] = waiting.popleft()
                 cache.prefill(slot, prompts[running[slot]])
@@ -323,9 +323,9 @@ def generate_each(model, prompts, limits, temperatures, noise, stop_ids, slots=N
             logprobs[i].append(new_logprobs[slot])
             if tokens[slot] in stop_ids or len(logprobs[i]) == limits[i]:
                 yield running.pop(slot), rows[i][len(prompts[i]):], logprobs[i]
-        sampled = sum(map(len, logprobs))
-        progress.set_postfix_str(f"{sampled:,} tokens, {len(running)} run", refresh=False)
-        progress.update(len(rollouts) - len(running))
+        free = [slot for slot in range(len(rollouts)) if slot not in running]
+        progress.set_postfix_str(f"{sum(map(len, logprobs)):,} tokens, {len(running)} run", refresh=False)
+        progress.update(len(free))
     progress.close()
     del cache  # or AdamW's first state would split its memory, and the next cache would not fit
     torch.cuda.empty_cache()
@@ -776,13 +776,13 @@ STEP_LINE = """\
 step {step}/{steps}  reward {reward:.3f}  dead {dead_groups:.2f}  len {response_length:.0f}
 trunc {truncated_frac:.2f}  entropy {entropy:.3f}  kl {kl:.4f}  loss {loss:+.4f}
 grad {grad_norm:.2f}  ratio {ratio:.3f}  gap {sampler_gap:.4f}  {tokens_per_second:,.0f} tok/s
-sample {sample_seconds:.1f}s  update {update_seconds:.1f}s  {memory}eta {eta}"""
+sample {sample_seconds:.1f}s  update {update_seconds:.1f}s  {memory}eta {eta}""".replace("\n", "  ")
 
 def print_step(row, steps, rollout):
     """One line a step and, after steps 1, 11, 21, ..., a rollout."""
     memory = f"{row['memory_gb']:.1f}GB  " if row["memory_gb"] else ""  # on CUDA
     eta = tqdm.format_interval(row["eta_seconds"])
-    print(STEP_LINE.replace("\n", "  ").format(**row, steps=steps, memory=memory, eta=eta))
+    print(STEP_LINE.format(**row, steps=steps, memory=memory, eta=eta))
     if row["dead_groups"] == 1 and row["pg_loss"] == 0:
         print("  all groups are dead: only KL, entropy, weight decay and momentum act")
     if row["step"] % 10 == 1:
@@ -1334,7 +1334,7 @@ def value_of(text, point):
     """An expression's value: exact where it is rational, NaN where it is none or has two readings."""
     text = re.sub(r"^(-?)([0-9]+)(\\frac {[0-9]+}{[0-9]+}| [0-9]+/[0-9]+)$", r"\1(\2+\3)", text)
     odd = re.search(r"^[^\W\d]{3}$|(?<![\w\\{])([A-Za-z]{4}|[A-Z]{3})|\d\\frac {\d|{d[^-+]*}{d|d\w?/d", text)
-    tokens = [] if odd else [str(point), *TOKEN.findall(text)[::-1]]  # the next token is the last
+    tokens = [] if odd else [str(point), *TOKEN.findall(text)[::-1]]  # from the end; the point below
     with contextlib.suppress(ArithmeticError, LookupError, TypeError, ValueError):
         value = parse(tokens)
         return value if len(tokens) == 1 else math.nan

@@ -310,7 +310,7 @@ def run_in_turns(turns, number, lengths) -> dict:
                 results[name].append(result)
                 words = [f"{part} {tokens / took:,.0f} tokens/s" for part, took in result.items()]
                 words += [f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"] if CUDA else []
-                print(f"turn {counted}, {name}: {', '.join(words)}", flush=True)
+                print(f"turn {counted}, {name}: {', '.join(words)}")
     return results
 
 def print_table(results, floor, tokens) -> None:
@@ -383,7 +383,7 @@ def main(argv=None) -> None:
               f"copy {bandwidth / 1e9:,.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s\n"
               f"{name}, {policy.num_parameters() / 1e6:,.1f} million parameters; {len(lengths)} rollouts in "
               f"groups of 8, mean {lengths.float().mean():.0f} and at most {lengths.max()} tokens after a "
-              f"prompt of {len(prompt)}, {min(config.slots, len(lengths))} at a time", flush=True)
+              f"prompt of {len(prompt)}, {min(config.slots, len(lengths))} at a time")
         results = run_in_turns(turns, args.turns, lengths)
     floor = floors(policy, sampler.dtype.itemsize, len(prompt), lengths, config, bandwidth, rate)
     print_table(results, floor, int(lengths.sum()))

@@ -202,8 +202,7 @@ def main(argv=None) -> None:
     rl.make_tiny_base(rl.TINY_BASE)  # here, before many processes want it at the same time
     missing = [(row, seed) for seed in seeds for row in rows if last_test(out / f"{row}-{seed}") is None]
     print(f"{len(rows)} rows x {args.seeds} seeds: {len(rows) * args.seeds - len(missing)} runs are done, "
-          f"{len(missing)} to go, {args.jobs} at a time; the log of each is in {out}/ROW-SEED/log.txt",
-          flush=True)
+          f"{len(missing)} to go, {args.jobs} at a time; the log of each is in {out}/ROW-SEED/log.txt")
     make_runs(missing, out, args.jobs)
     for part, (question, source, of_part) in parts.items():
         lines = table_of_steps(*of_part, seeds, out) if part == "post" else table_of_rows(of_part, seeds, out)
