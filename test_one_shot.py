@@ -125,7 +125,8 @@ def test_examples_share_a_step_evenly_and_epochs_do_not_repeat():
 ROW, FOUR = '{"problem": "1+1?", "answer": 2}', '{"name": "four", "problem": "2+2?", "answer": "4"}'
 
 def test_load_examples_from_files(tmp_path):
-    for name, text in (("a.jsonl", f"{ROW}\n{FOUR}\n\n"), ("a.json", f"[{ROW}, {FOUR}]"), ("one.json", ROW)):
+    texts = {"a.jsonl": f"{ROW}\n{FOUR}\n\n\u00a0\n", "a.json": f"[{ROW}, {FOUR}]", "one.json": ROW}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8-sig")  # with the mark of some editors
     for name in ("a.jsonl", "a.json"):
         assert rl.load_examples([str(tmp_path / name)]) \
@@ -150,7 +151,7 @@ def test_examples_that_are_refused(source, text, words, tmp_path, refused):
 TURNS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # SmolLM3, gpt-oss, Mistral, Granite write today's date: base and trained model would differ by it
-DATES = "{{ strftime_now('%d %B %Y, %Y-%m-%d') }}, {{ date_string }}"
+DATES = "{% set f = '%d %B %Y, %Y-%m-%d' %}{{ strftime_now(f) }}, {{ date_string }}"
 
 @pytest.mark.parametrize("template, begins, with_system", [
     (TURNS, "", "<|im_start|>system\nBe brief.<|im_end|>\n"), (tiny.CHAT_TEMPLATE, "", ""),  # refuses it
@@ -506,9 +507,8 @@ def test_packing_never_changes_the_gradient(update, loss_agg, monkeypatch):
 
 def test_the_sampler_has_the_trainers_logprobs(model, update):
     """A mean difference would take a sampler that is off in both directions for the trainer."""
-    responses, sampled = rl.generate(model, PROMPTS, max_response_tokens=9, temperature=0.6, slots=3,
-                                     stop_ids=[3, 17, 40, 41, 42], return_logprobs=True,
-                                     generator=torch.Generator().manual_seed(1))
+    responses, sampled = sample(model, PROMPTS, max_response_tokens=9, temperature=0.6, slots=3,
+                                return_logprobs=True, generator=torch.Generator().manual_seed(1))
     for distance in (0, 0.5):
         off = [row + distance * (-1) ** torch.arange(len(row)) for row in sampled]
         _, stats = update(batch=batch_of(responses=responses, sampler_logprobs=off), token_budget=40)
@@ -596,7 +596,7 @@ def test_words_of_a_command_line(monkeypatch, tmp_path):
     assert config.steps == 60 and config.example == ["/home/me/x_y.json", "pi1"]
     assert config.output_dir == f"runs/x_y+pi1-{tmp_path.name}"
     assert rl.parse_args(["--preset", "24gb", "--output-dir=~/x"]).output_dir == "/home/me/x"
-    assert rl.parse_args(["--answer", "--5"]).answer == "--5"
+    assert [rl.parse_args(["--answer", label]).answer for label in ("--5", "~/2")] == ["--5", "~/2"]
     assert rl.parse_args([r"--answer=-\frac{1}{2}"]).answer == r"-\frac{1}{2}"
 
 def test_help_shows_every_setting(capsys):
@@ -654,7 +654,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, mo
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="killed"):
             patch.setattr(module, name, killed)
             rl.main(run_flags(folder, run, *more))
-        (run / "metrics.jsonl").open("a").write('{"step": 3, "rew')  # cut short while writing
+        (run / "metrics.jsonl").open("a").write('{"step": "3"}\n{"step": 3, "rew')  # cut short while writing
         rl.main(resume(run))
         assert comparable(run) == comparable(whole)
         assert all(same_weights(run / step, whole / step) for step in ("step-000002", "step-000004"))
@@ -797,6 +797,8 @@ def test_heads_that_are_refused(refused):
     rl.check_head(model, PROMPTS[1])
     model.register_forward_hook(lambda model, inputs, output: type(output)(logits=output.logits / 2))
     assert "caps or scales" in refused(rl.check_head, model, PROMPTS[1])
+    model.model.norm.weight.data[0] = math.nan
+    assert "not finite" in refused(rl.check_head, model, PROMPTS[1])
 
 @pytest.mark.parametrize("settings, words", [
     (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "sees 8"),
@@ -978,7 +980,8 @@ def test_measures_by_hand():
     rows = checked_rows(right, level=[1, 2, 1])
     rows[2]["text"] = "\\boxed{ }"  # an empty box boxes nothing
     rows[3]["text"], rows[4]["text"] = "```python\nprint(4)\n``` ", "```python\n``` \\boxed{4}\n```"
-    result = evaluate.measure_all(rows + checked_rows([[False]], "y"), ["y", "x"])
+    others = checked_rows([[False]], "y") + checked_rows([[1]], "not asked for", level=[1])
+    result = evaluate.measure_all(rows + others, ["y", "x"])
     y, x = result["benchmarks"].values()
     for k in (1, 2, 4):
         solved = [np.mean([*map(max, itertools.combinations(samples, k))]) for samples in right]
